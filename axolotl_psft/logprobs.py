@@ -1,0 +1,428 @@
+"""The loss head: hidden states x (vocabulary-sharded) weight -> token log-probs.
+
+What the PSFT ratio needs of a language-model head, without a [tokens, vocabulary]
+tensor. The ratio, the clip and the loss are in objective.py; this file imports torch
+only.
+
+The maths, for one token with logits x over the vocabulary and target y:
+
+    lse = log sum_j exp(x_j)      logprob = x_y - lse      entropy = lse - sum_j p_j x_j
+    d logprob / d x_j = [j = y] - p_j,  where  p_j = exp(x_j - lse)
+
+A tile of the vocabulary contributes four numbers a token, relative to its own maximum
+(`_statistics`); numbers of two tiles, or of two ranks, combine exactly (`_merge`). The
+lse is all that backward needs: it recomputes a tile's logits and turns them into their
+gradient in place (`_gradient`).
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+@dataclass(frozen=True)
+class _Head:
+    """What forward and backward share beside tensors."""
+
+    start: int  # first vocabulary id of this rank's shard
+    dtype: torch.dtype  # of the operands of a matmul
+    accumulate: torch.dtype  # of logits, statistics and gradient sums
+    tile: tuple[int, int]  # rows, vocabulary
+    group: dist.ProcessGroup | None = None
+    softcap: float | None = None
+    scale: float = 1.0
+    with_entropy: bool = True
+
+
+# Compiled, it would recompile for every count of active rows, and its fused sums would
+# round differently from those of the old log-probs.
+@torch.compiler.disable
+def linear_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    tp_group: dist.ProcessGroup | None = None,
+    ignore_index: int = -100,
+    softcap: float | None = None,
+    logits_scale: float = 1.0,
+    with_entropy: bool = True,
+    tile_shape: tuple[int, int] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Log-probs of the targets and entropies, from hidden states, without logits.
+
+    The result is a function of the inputs alone, bit for bit: grad mode and
+    `with_entropy` do not change the log-probs, so a ratio on unmoved weights is 1.
+
+    Ignored rows cost nothing; rows whose incoming gradient is exactly zero (clipped
+    tokens) cost nothing in backward; neither do weights or hidden states that need no
+    gradient. Sums are float32 whatever the inputs (float64 for float64 inputs).
+
+    With `tp_group`, every rank passes the same hidden, targets and settings, and its
+    equal shard of weight and bias, in rank order. Collectives: one all-gather of
+    4 numbers a token in forward; one all-reduce of d_hidden in backward (pass hidden
+    as it is, not through Megatron's copy-to-region). Both are joined with no row, too.
+
+    Args:
+        hidden: [T, H], any floating dtype, any strides.
+        weight: [V/tp, H].
+        targets: [T], integer, global vocabulary ids or `ignore_index`.
+        bias: [V/tp], added to the logits.
+        tp_group: process group of the vocabulary's shards; None: the whole vocabulary.
+        ignore_index: rows with this target give 0 for both results.
+        softcap: logits become softcap * tanh(logits / softcap), as in Gemma.
+        logits_scale: factor on the logits, before the cap (Granite, Cohere).
+        with_entropy: False returns zeros for the entropies.
+        tile_shape: rows and vocabulary of one tile of logits. None: 1024 x 4096; on a
+            GPU all active rows x 4096.
+
+    Returns:
+        Log-probs and entropies in nats, [T], float32 (float64 for float64 inputs).
+        Entropies carry no gradient.
+
+    Raises:
+        ValueError: shapes that do not fit, or a target outside the vocabulary.
+    """
+    if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
+        raise ValueError(
+            "hidden and weight must be [T, H] and [V/tp, H], got "
+            f"{list(hidden.shape)} and {list(weight.shape)}. Flatten the batch."
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(
+            f"bias must be [V/tp] = {list(weight.shape[:1])}, got {list(bias.shape)}."
+        )
+    dtype = _matmul_dtype(hidden, weight)
+    rows, start = _active_rows(targets, hidden, len(weight), tp_group, ignore_index)
+    if tile_shape is None:
+        # A GPU fills itself with many rows and then reads the weight once; a CPU wants
+        # the tile to stay in its last cache.
+        tile_shape = (max(len(rows), 1) if hidden.is_cuda else 1024, 4096)
+    head = _Head(
+        start,
+        dtype,
+        torch.float64 if dtype == torch.float64 else torch.float32,
+        tile_shape,
+        tp_group,
+        softcap,
+        logits_scale,
+        with_entropy,
+    )
+    return _LinearLogprobs.apply(hidden, weight, bias, targets, rows, head)
+
+
+class _LinearLogprobs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, targets, rows, head):
+        h, local = _take(hidden, rows), targets[rows] - head.start
+        stats = _empty_statistics(h, len(rows), head)
+        with torch.autocast(h.device.type, enabled=False):
+            for v in _tiles(len(weight), head.tile[1]):
+                w, b = _tile_of_weight(weight, bias, v, head)
+                for r in _tiles(len(rows), head.tile[0]):
+                    x = _logits(h[r], w, b, head)
+                    tile = _statistics(x, local[r] - v.start, head.with_entropy)
+                    stats[:, r] = _merge(torch.stack((stats[:, r], tile)))
+        logprobs, entropy, lse = _finish(stats, rows, len(hidden), head)
+        ctx.save_for_backward(hidden, weight, bias, targets, rows, lse)
+        ctx.head = head
+        ctx.mark_non_differentiable(entropy)
+        return logprobs, entropy
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad, _):
+        hidden, weight, bias, targets, rows, lse = ctx.saved_tensors
+        head = ctx.head
+        need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
+        rows, g, lse = _moving_rows(rows, grad, lse)
+        g = g * head.scale
+        h, local = _take(hidden, rows), targets[rows] - head.start
+        sums = {"dtype": head.accumulate, "device": h.device}
+        d_h = torch.zeros(h.shape if need_hidden else 0, **sums)
+        d_weight = torch.empty_like(weight) if need_weight else None
+        d_bias = torch.empty_like(bias) if need_bias else None
+
+        with torch.autocast(h.device.type, enabled=False):
+            for v in _tiles(len(weight), head.tile[1]):
+                w, b = _tile_of_weight(weight, bias, v, head)
+                d_w = torch.zeros(w.shape if need_weight else 0, **sums)
+                d_b = torch.zeros(len(w) if need_bias else 0, **sums)
+                for r in _tiles(len(rows), head.tile[0]):
+                    h_r = h[r].to(head.dtype)
+                    x = _logits(h_r, w, b, head)
+                    x = _gradient(x, local[r] - v.start, lse[r], g[r], head.softcap)
+                    if need_bias:
+                        d_b += x.sum(0)
+                    x = x.to(head.dtype)
+                    if need_hidden:
+                        _add_matmul(d_h[r], x, w)
+                    if need_weight:
+                        _add_matmul(d_w, x.t(), h_r)
+                if d_weight is not None:
+                    d_weight[v] = d_w
+                if d_bias is not None:
+                    d_bias[v] = d_b
+        if not need_hidden:
+            return None, d_weight, d_bias, None, None, None
+        if head.group is not None:
+            dist.all_reduce(d_h, group=head.group)
+        d_hidden = torch.zeros_like(hidden).index_copy_(0, rows, d_h.to(hidden.dtype))
+        return d_hidden, d_weight, d_bias, None, None, None
+
+
+@torch.compiler.disable
+def vocab_parallel_logprobs(
+    logits: Tensor,
+    targets: Tensor,
+    *,
+    tp_group: dist.ProcessGroup | None = None,
+    ignore_index: int = -100,
+    with_entropy: bool = True,
+    inplace_backward: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Log-probs of the targets and entropies, from logits that exist already.
+
+    For models whose head cannot be split from the rest; `linear_logprobs` needs less
+    memory. Beside the logits there is their gradient in backward, in their own dtype,
+    and nothing else of that size. With `tp_group`, one all-gather of 4 numbers a token
+    in forward, and no collective in backward.
+
+    Args:
+        logits: [T, V/tp], any floating dtype, any strides. Never written to, unless
+            `inplace_backward`.
+        targets: [T], integer, global vocabulary ids or `ignore_index`.
+        tp_group: process group of the vocabulary's shards; None: the whole vocabulary.
+        ignore_index: rows with this target give 0 for both results.
+        with_entropy: False returns zeros for the entropies.
+        inplace_backward: backward overwrites the logits with their gradient. For
+            callers that drop the logits; autograd raises an error where another
+            function still needs them.
+
+    Returns:
+        Log-probs and entropies in nats, [T], float32 (float64 for float64 inputs).
+        Entropies carry no gradient.
+
+    Raises:
+        ValueError: shapes that do not fit, or a target outside the vocabulary.
+    """
+    # Megatron-Core's vocab_parallel_cross_entropy is not called: it overwrites float32
+    # logits in forward, takes -100 for a token of another rank (so a masked row gets a
+    # finite loss and a gradient), needs three all-reduces and a float32 copy of the
+    # logits, and gives no entropy. Its fused form casts the gradient to bfloat16. On
+    # active rows the results agree, which a test checks.
+    if logits.dim() != 2:
+        raise ValueError(f"logits must be [T, V/tp], got {list(logits.shape)}.")
+    rows, start = _active_rows(targets, logits, logits.shape[1], tp_group, ignore_index)
+    exact = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    # Rows enough to amortize a call, few enough to stay in a CPU's last cache.
+    num_rows = 4096 if logits.is_cuda else max(1, (1 << 21) // logits.shape[1])
+    head = _Head(start, exact, exact, (num_rows, logits.shape[1]), tp_group)
+    head = replace(head, with_entropy=with_entropy)
+    return _VocabParallelLogprobs.apply(logits, targets, rows, head, inplace_backward)
+
+
+class _VocabParallelLogprobs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logits, targets, rows, head, inplace):
+        local = targets[rows] - head.start
+        stats = _empty_statistics(logits, len(rows), head)
+        for r in _tiles(len(rows), head.tile[0]):
+            x = logits[rows[r]].to(head.dtype)
+            stats[:, r] = _statistics(x, local[r], head.with_entropy)
+        logprobs, entropy, lse = _finish(stats, rows, len(logits), head)
+        ctx.save_for_backward(logits, targets, rows, lse)
+        ctx.head, ctx.inplace = head, inplace
+        ctx.mark_non_differentiable(entropy)
+        return logprobs, entropy
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad, _):
+        logits, targets, rows, lse = ctx.saved_tensors
+        rows, g, lse = _moving_rows(rows, grad, lse)
+        local = targets[rows] - ctx.head.start
+        d_logits = logits.detach() if ctx.inplace else torch.empty_like(logits)
+        still = torch.ones(len(logits), dtype=torch.bool, device=logits.device)
+        for r in _tiles(len(rows), ctx.head.tile[0]):
+            x = logits[rows[r]].to(ctx.head.dtype)
+            x = _gradient(x, local[r], lse[r], g[r])
+            d_logits[rows[r]] = x.to(logits.dtype)
+        d_logits.masked_fill_(still.index_fill_(0, rows, False)[:, None], 0)
+        return d_logits, None, None, None, None
+
+
+def _statistics(x: Tensor, local: Tensor, with_entropy: bool) -> Tensor:
+    """[R, C] logits -> [4, R]: m = max, sum e^(x-m), sum e^(x-m) (x-m), x_target.
+
+    Overwrites x. `local` is the target's column; outside [0, C) it is another tile's,
+    and x_target is 0.
+    """
+    hit, column = _column(local, x)
+    target = x.gather(1, column).squeeze(1) * hit
+    maximum = x.amax(1).clamp_(min=torch.finfo(x.dtype).min)  # -inf - -inf is nan
+    x -= maximum[:, None]
+    e = x.exp() if with_entropy else x.exp_()
+    weighted = torch.linalg.vecdot(e, x) if with_entropy else torch.zeros_like(maximum)
+    return torch.stack((maximum, e.sum(1), weighted, target))
+
+
+def _merge(stats: Tensor) -> Tensor:
+    """Statistics of n parts of the vocabulary, [n, 4, R] -> [4, R]."""
+    m, s, u, target = stats.unbind(1)
+    maximum = m.amax(0)
+    shift = m - maximum
+    factor = shift.exp()
+    return torch.stack(
+        (
+            maximum,
+            (factor * s).sum(0),
+            (factor * (u + shift * s)).sum(0),
+            target.sum(0),
+        )
+    )
+
+
+def _gradient(
+    x: Tensor, local: Tensor, lse: Tensor, g: Tensor, softcap: float | None = None
+) -> Tensor:
+    """[R, C] logits -> gradient of sum(g * logprob) by them, in place."""
+    hit, column = _column(local, x)
+    slope = None if softcap is None else 1 - (x / softcap).square_()
+    x.sub_(lse[:, None]).exp_().mul_(-g[:, None])
+    # One column a row: scatter is deterministic here, and scatter_add need not be.
+    x.scatter_(1, column, x.gather(1, column) + (g * hit)[:, None])
+    return x if slope is None else x.mul_(slope)
+
+
+def _finish(
+    stats: Tensor, rows: Tensor, num_rows: int, head: _Head
+) -> tuple[Tensor, Tensor, Tensor]:
+    """This rank's statistics [4, R] -> log-probs [T], entropies [T], lse [R]."""
+    if head.group is not None:
+        shards = stats.new_empty(dist.get_world_size(head.group), *stats.shape)
+        dist.all_gather(list(shards.unbind()), stats, group=head.group)
+        stats = _merge(shards)
+    maximum, s, u, target = stats
+    log_s = s.log()
+    lse = maximum + log_s
+    logprobs = stats.new_zeros(num_rows).index_copy_(0, rows, target - lse)
+    entropy = stats.new_zeros(num_rows)
+    if head.with_entropy:
+        entropy.index_copy_(0, rows, log_s - u / s)
+    return logprobs, entropy, lse
+
+
+def _active_rows(
+    targets: Tensor,
+    scores: Tensor,
+    shard: int,
+    group: dist.ProcessGroup | None,
+    ignore_index: int,
+) -> tuple[Tensor, int]:
+    """Rows that are not ignored, and the first id of this rank's shard."""
+    if targets.shape != scores.shape[:1] or targets.is_floating_point():
+        raise ValueError(
+            f"targets must be integers of shape [T] = {list(scores.shape[:1])}, got "
+            f"{targets.dtype} {list(targets.shape)}."
+        )
+    rank, size = (0, 1) if group is None else (group.rank(), group.size())
+    active = targets != ignore_index
+    outside = active & ((targets < 0) | (targets >= shard * size))
+    # The one device sync of forward: how many rows are active, and is any id bad.
+    num_active, num_outside = torch.stack((active.sum(), outside.sum())).tolist()
+    if num_outside:
+        row = int(outside.nonzero()[0])
+        raise ValueError(
+            f"targets[{row}] is {int(targets[row])}, outside the vocabulary "
+            f"[0, {shard * size}). Use ids of the model's own tokenizer, or "
+            f"{ignore_index} for a row without a target."
+        )
+    rows = torch.nonzero_static(active, size=num_active).squeeze(1)
+    return rows, rank * shard
+
+
+def _moving_rows(
+    rows: Tensor, grad: Tensor, lse: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of the active rows, those with an incoming gradient: a clipped token has none.
+
+    Ranks of one tp group see the same gradient bits, so they keep the same rows.
+    """
+    g = grad[rows].to(lse.dtype)
+    keep = g.nonzero().squeeze(1)
+    return rows[keep], g[keep], lse[keep]
+
+
+def _matmul_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
+    device = hidden.device.type
+    dtype = torch.promote_types(hidden.dtype, weight.dtype)
+    if dtype != torch.float64 and torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+    # Without hardware for it, a CPU's half-precision matmul is 10 to 100 times slower
+    # than float32, which holds the same operands exactly.
+    native = dtype == torch.bfloat16 and (
+        torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+    )
+    if device == "cpu" and dtype.itemsize == 2 and not native:
+        return torch.float32
+    return dtype
+
+
+def _logits(h: Tensor, w: Tensor, b: Tensor | None, head: _Head) -> Tensor:
+    """One tile of logits [R, C], after scale and cap, in the accumulation dtype."""
+    x = _matmul(h.to(head.dtype), w.t(), head.accumulate)
+    if b is not None:
+        x += b
+    if head.scale != 1.0:
+        x *= head.scale
+    if head.softcap is not None:
+        x.div_(head.softcap).tanh_().mul_(head.softcap)
+    return x
+
+
+def _matmul(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    if a.is_cuda and a.dtype != dtype:  # only CUDA can leave its float32 sum unrounded
+        return torch.mm(a, b, out_dtype=dtype)
+    return torch.mm(a, b).to(dtype)
+
+
+def _add_matmul(total: Tensor, a: Tensor, b: Tensor) -> None:
+    if a.dtype == total.dtype:
+        total.addmm_(a, b)
+    else:
+        total += _matmul(a, b, total.dtype)
+
+
+def _tile_of_weight(
+    weight: Tensor, bias: Tensor | None, v: slice, head: _Head
+) -> tuple[Tensor, Tensor | None]:
+    """Cast here, tile by tile: the weight never exists twice."""
+    b = None if bias is None else bias[v].to(head.accumulate)
+    return weight[v].to(head.dtype), b
+
+
+def _take(hidden: Tensor, rows: Tensor) -> Tensor:
+    return hidden if len(rows) == len(hidden) else hidden[rows]
+
+
+def _empty_statistics(like: Tensor, num_rows: int, head: _Head) -> Tensor:
+    """Statistics of no tile at all; the lowest finite maximum keeps _merge finite."""
+    stats = torch.zeros(4, num_rows, dtype=head.accumulate, device=like.device)
+    stats[0] = torch.finfo(head.accumulate).min
+    return stats
+
+
+def _tiles(length: int, step: int) -> list[slice]:
+    return [slice(i, min(i + step, length)) for i in range(0, length, step)]
+
+
+def _column(local: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Is the target in this tile, and its column (some column where it is not)."""
+    num_columns = x.shape[1]
+    hit = (local >= 0) & (local < num_columns)
+    return hit, local.clamp(0, num_columns - 1)[:, None]
