@@ -1,0 +1,235 @@
+"""The `psft:` block of an Axolotl YAML, and every rule about configuration.
+
+Rules run inside Axolotl's own validation, before any model is loaded. What a run does
+with the settings lives in trainer.py.
+"""
+
+import difflib
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from axolotl.utils.logging import get_logger
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+LOG = get_logger(__name__)
+
+_PAPER = "8 (the paper's setting); 1 is plain SFT"
+
+_LOSS_OPTIONS = {
+    "use_eaft": "it replaces the loss by entropy-aware focal training",
+    "chunked_cross_entropy": "it replaces the loss; psft has a chunked head of its own",
+    "cut_cross_entropy": "it replaces the loss; psft has a chunked head of its own",
+    "liger_cross_entropy": "it replaces the loss; psft has a chunked head of its own",
+    "liger_fused_linear_cross_entropy": (
+        "it fuses the loss into the model's forward; psft has a chunked head of its own"
+    ),
+    "liger_use_token_scaling": "it replaces the loss by a token-weighted one",
+    "kd_trainer": "it replaces the loss by knowledge distillation",
+    "orpo_alpha": "it replaces the loss by ORPO",
+    "label_smoothing_factor": "a smoothed target has no log-prob to form a ratio with",
+    "diffusion": "it replaces the loss by a diffusion objective",
+}
+
+_UNSUPPORTED = {
+    "context_parallel_size": "context parallelism",
+    "expert_parallel_size": "expert parallelism",
+    "tensor_parallel_size": "tensor parallelism",
+}
+
+
+class PSFTConfig(BaseModel):
+    """The settings of the `psft:` block."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    epsilon: float = Field(
+        default=0.2,
+        description="Trust region. The upper bound 1 + epsilon where epsilon_high is "
+        "not set; otherwise without effect.",
+    )
+    epsilon_high: float | None = Field(
+        default=None,
+        description="Upper bound of the ratio: a token whose ratio is above "
+        "1 + epsilon_high gets no gradient. Default: epsilon.",
+    )
+    refresh_steps: int = Field(
+        default=8,
+        description="Optimizer steps between two refreshes of the old policy.",
+    )
+    sft_warmup_steps: int = Field(
+        default=0, description="Optimizer steps of plain SFT before PSFT starts."
+    )
+    objective: Literal["psft", "sft"] = Field(
+        default="psft",
+        description="`sft` trains the SFT baseline with the same metrics.",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _keys_are_known(cls, data: Any) -> Any:
+        if not isinstance(data, Mapping):
+            raise ValueError(
+                f"psft must be a block of settings, got {data!r}. "
+                "Write `psft: {}` to use the defaults."
+            )
+        for key in data:
+            if key not in cls.model_fields:
+                known = ", ".join(cls.model_fields)
+                close = difflib.get_close_matches(str(key), cls.model_fields, n=1)
+                hint = f"Did you mean `{close[0]}`? " if close else ""
+                raise ValueError(
+                    f"psft.{key} is not a setting, got {data[key]!r}. "
+                    f"{hint}Known settings: {known}."
+                )
+        if data.get("objective", "psft") not in ("psft", "sft"):
+            raise ValueError(
+                f"psft.objective must be psft or sft, got {data['objective']!r}. "
+                "Use psft; sft is the baseline with the same metrics."
+            )
+        return data
+
+    @model_validator(mode="after")
+    def _values_are_in_range(self) -> "PSFTConfig":
+        rules = [
+            (self.epsilon > 0, "epsilon", "> 0", "0.2 (PPO's usual setting)"),
+            (
+                self.epsilon_high is None or self.epsilon_high >= 0,
+                "epsilon_high",
+                ">= 0",
+                "0.28 (the paper's setting), or leave it out to use epsilon",
+            ),
+            (self.refresh_steps >= 1, "refresh_steps", ">= 1", _PAPER),
+            (self.sft_warmup_steps >= 0, "sft_warmup_steps", ">= 0", "0 for none"),
+        ]
+        for holds, key, bound, remedy in rules:
+            if not holds:
+                value = getattr(self, key)
+                raise ValueError(
+                    f"psft.{key} must be {bound}, got {value}. Use {remedy}."
+                )
+        return self
+
+    def settings_without_effect(self) -> list[str]:
+        """Warnings about settings that change nothing, each one sentence or two."""
+        warnings = []
+        if self.objective == "sft":
+            unused = self.model_fields_set - {"objective"}
+            warnings += [
+                f"psft.{key} has no effect with psft.objective: sft."
+                for key in sorted(unused)
+            ]
+            return warnings
+        if "epsilon" in self.model_fields_set and self.epsilon_high is not None:
+            warnings.append(
+                f"psft.epsilon: {self.epsilon} has no effect: psft.epsilon_high: "
+                f"{self.epsilon_high} sets the upper bound, and with advantage 1 the "
+                "lower bound never acts."
+            )
+        if self.refresh_steps == 1:
+            warnings.append(
+                "psft.refresh_steps: 1 is plain SFT: the ratio is always 1 and nothing "
+                f"is ever clipped. Use {_PAPER}."
+            )
+        return warnings
+
+
+class PSFTArgs(BaseModel):
+    """What the plugin adds to Axolotl's configuration: the `psft` key and its rules."""
+
+    psft: PSFTConfig | None = Field(
+        default=None, description="Proximal SFT; absent: the plugin does nothing."
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fits_the_rest(cls, data: Any) -> Any:
+        if isinstance(data, Mapping) and data.get("psft") is not None:
+            check_combination(data)
+        return data
+
+    @model_validator(mode="after")
+    def _warn(self) -> "PSFTArgs":
+        if self.psft is not None:
+            warnings = self.psft.settings_without_effect()
+            warnings += combination_warnings(self.model_dump())
+            for warning in warnings:
+                _warn_once(warning)
+        return self
+
+
+_warned: set[str] = set()
+
+
+def _warn_once(message: str) -> None:
+    # Axolotl validates a configuration more than once.
+    if message not in _warned:
+        _warned.add(message)
+        LOG.warning(message)
+
+
+def check_combination(cfg: Mapping[str, Any]) -> None:
+    """Refuse an Axolotl configuration that the `psft` block cannot work with.
+
+    Args:
+        cfg: the YAML as a mapping, with a `psft` block.
+
+    Raises:
+        ValueError: names the key, its value and the remedy.
+    """
+    if cfg.get("rl"):
+        _refuse("rl", cfg["rl"], "psft is supervised fine-tuning. Remove one of them")
+    for key in ("reward_model", "process_reward_model"):
+        if cfg.get(key):
+            _refuse(key, cfg[key], "psft trains a language model. Remove one of them")
+    for key, reason in _LOSS_OPTIONS.items():
+        if cfg.get(key):
+            _refuse(key, cfg[key], f"{reason}. Remove `{key}` or the psft block")
+    for key, what in _UNSUPPORTED.items():
+        if (cfg.get(key) or 1) > 1:
+            _refuse(key, cfg[key], f"{what} is not supported yet. Set it to 1")
+    if cfg.get("trainer_cls"):
+        _refuse("trainer_cls", cfg["trainer_cls"], "psft brings its own. Remove it")
+    if cfg.get("processor_type") or cfg.get("is_multimodal"):
+        _refuse(
+            "processor_type",
+            cfg.get("processor_type"),
+            "multimodal models are not supported yet. Remove the psft block",
+        )
+    if cfg.get("relora"):
+        _refuse(
+            "relora",
+            cfg["relora"],
+            "a ReLoRA restart in the middle of a window would change the policy that "
+            "the old log-probs belong to. Use `adapter: lora` without relora",
+        )
+
+
+def _refuse(key: str, value: Any, why: str) -> None:
+    raise ValueError(f"{key}: {value} cannot be combined with a psft block: {why}.")
+
+
+def combination_warnings(cfg: Mapping[str, Any]) -> list[str]:
+    """Settings elsewhere in the YAML that psft makes ineffective or noisy."""
+    warnings = []
+    if cfg.get("loss_watchdog_threshold") is not None:
+        warnings.append(
+            f"loss_watchdog_threshold: {cfg['loss_watchdog_threshold']} has no effect "
+            "with psft: the loss stays near -1. Watch psft/nll."
+        )
+    if cfg.get("lora_dropout"):
+        warnings.append(
+            f"lora_dropout: {cfg['lora_dropout']} adds noise to psft's ratio: old "
+            "log-probs are scored without dropout. Set lora_dropout: 0."
+        )
+    if cfg.get("neftune_noise_alpha"):
+        warnings.append(
+            f"neftune_noise_alpha: {cfg['neftune_noise_alpha']} adds noise to psft's "
+            "ratio: old log-probs are scored without it. Remove it."
+        )
+    for key in ("deepspeed", "fsdp", "fsdp_config"):
+        if cfg.get(key):
+            warnings.append(
+                f"psft with {key} is not tested in this release: check that "
+                "psft/ratio_mean is 1 where psft/old_policy_age is 0."
+            )
+    return warnings

@@ -1,0 +1,247 @@
+"""The window: optimizer steps that share one old policy, and its file in a checkpoint.
+
+Collects the window's micro-batches ahead of time, holds their old log-probs, and saves
+and restores them mid-window. Who computes the log-probs, and when, is trainer.py.
+"""
+
+import hashlib
+import json
+import os
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import safetensors
+from safetensors.torch import save_file
+from torch import Tensor
+
+Batch = dict[str, Any]
+
+_FORMAT = "axolotl_psft.window/1"
+
+
+class WindowFileError(RuntimeError):
+    """A window file that cannot be used to resume; says which and what to do."""
+
+
+@dataclass
+class Step:
+    """One optimizer step: its micro-batches and its active tokens over all ranks."""
+
+    batches: list[Batch]
+    num_tokens: Tensor | None = None
+
+
+@dataclass
+class Window:
+    """The optimizer steps still to run under the current old policy.
+
+    ``start_step`` is the global step of the last refresh. Every micro-batch but those
+    of the step ``start_step`` carries ``old_logprobs`` [B, S], float32.
+    """
+
+    start_step: int = 0
+    steps: deque[Step] = field(default_factory=deque)
+
+
+def collect(batches: Iterator[Batch], num_steps: int, num_batches: int) -> list[Step]:
+    """Take up to ``num_steps`` x ``num_batches`` micro-batches off the iterator.
+
+    The last step is shorter, and steps are fewer, where the iterator ends.
+    """
+    steps = []
+    for _ in range(num_steps):
+        taken = [batch for _, batch in zip(range(num_batches), batches, strict=False)]
+        if not taken:
+            break
+        steps.append(Step(taken))
+        if len(taken) < num_batches:
+            break
+    return steps
+
+
+def window_path(checkpoint: str | os.PathLike, rank: int) -> Path:
+    """Where ``rank`` keeps its window in a checkpoint folder."""
+    return Path(checkpoint) / f"psft_window_rank{rank}.safetensors"
+
+
+def save_window(
+    checkpoint: str | os.PathLike,
+    window: Window,
+    *,
+    global_step: int,
+    rank: int,
+    world_size: int,
+    settings: dict[str, Any],
+) -> None:
+    """Write the rest of the window, atomically; without pickle.
+
+    The micro-batches themselves are not saved: the data order is a function of seed
+    and epoch, so the data loader gives them again. Their digests are, to prove it.
+    """
+    path = window_path(checkpoint, rank)
+    batches = [batch for step in window.steps for batch in step.batches]
+    # contiguous, and cloned off views: safetensors refuses both otherwise.
+    tensors = {
+        f"old_logprobs.{i}": batch["old_logprobs"].detach().cpu().contiguous().clone()
+        for i, batch in enumerate(batches)
+    }
+    header = {
+        "global_step": global_step,
+        "start_step": window.start_step,
+        "rank": rank,
+        "world_size": world_size,
+        "settings": settings,
+        "batches_per_step": [len(step.batches) for step in window.steps],
+        "batch_digests": [digest(batch) for batch in batches],
+        "tensors_digest": _digest_tensors(tensors),
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    save_file(
+        tensors, partial, metadata={"format": _FORMAT, "header": json.dumps(header)}
+    )
+    os.replace(partial, path)
+
+
+@dataclass
+class SavedWindow:
+    """A window as read back from its file, before its micro-batches are there again."""
+
+    path: Path
+    start_step: int
+    batches_per_step: list[int]
+    batch_digests: list[str]
+    old_logprobs: list[Tensor]
+
+    def attach(self, batches: Iterator[Batch]) -> Window:
+        """Take the window's micro-batches off the data loader and add old log-probs.
+
+        Raises:
+            WindowFileError: if the data loader gives other micro-batches than those
+                whose old log-probs were saved.
+        """
+        window = Window(self.start_step)
+        saved = zip(self.batch_digests, self.old_logprobs, strict=True)
+        for num_batches in self.batches_per_step:
+            (step,) = collect(batches, 1, num_batches) or [Step([])]
+            if len(step.batches) != num_batches:
+                raise self._other_data("the data set ends earlier")
+            for batch in step.batches:
+                expected, old_logprobs = next(saved)
+                if digest(batch) != expected:
+                    raise self._other_data("a micro-batch holds other tokens")
+                batch["old_logprobs"] = old_logprobs.to(batch["input_ids"].device)
+            window.steps.append(step)
+        return window
+
+    def _other_data(self, what: str) -> WindowFileError:
+        return WindowFileError(
+            f"{self.path}: {what} than when this window was saved. Resume with the same"
+            " datasets, tokenizer, seed, sequence_len, micro_batch_size, "
+            "gradient_accumulation_steps and number of processes."
+        )
+
+
+def load_window(
+    checkpoint: str | os.PathLike,
+    *,
+    global_step: int,
+    rank: int,
+    world_size: int,
+    settings: dict[str, Any],
+) -> SavedWindow:
+    """Read ``rank``'s window from a checkpoint and check that it belongs to this run.
+
+    Raises:
+        WindowFileError: if the file is missing, damaged, of another step, rank, world
+            size (mid-window) or ``psft`` block. Names the file and the remedy.
+    """
+    path = window_path(checkpoint, rank)
+    header, tensors = _read(path)
+    _check_belongs(path, header, global_step=global_step, rank=rank, settings=settings)
+    if header["batches_per_step"] and header["world_size"] != world_size:
+        raise WindowFileError(
+            f"{path}: saved in the middle of a window by {header['world_size']} "
+            f"processes, this run has {world_size}. Resume with "
+            f"{header['world_size']}, or from a checkpoint at the end of a window "
+            "(save_steps a multiple of psft.refresh_steps)."
+        )
+    return SavedWindow(
+        path=path,
+        start_step=header["start_step"],
+        batches_per_step=header["batches_per_step"],
+        batch_digests=header["batch_digests"],
+        old_logprobs=[tensors[f"old_logprobs.{i}"] for i in range(len(tensors))],
+    )
+
+
+def digest(batch: Batch) -> str:
+    """SHA-256 over a micro-batch's tokens and labels."""
+    return _digest_tensors({name: batch[name] for name in ("input_ids", "labels")})
+
+
+def _digest_tensors(tensors: dict[str, Tensor]) -> str:
+    sha = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        sha.update(f"{name}{tuple(tensor.shape)}".encode())
+        sha.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return sha.hexdigest()
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    if not path.is_file():
+        raise WindowFileError(
+            f"{path}: not found. The checkpoint was not written by a psft run, or not "
+            "completely. Resume from another checkpoint, or start a new run with "
+            "base_model set to this one."
+        )
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        header = json.loads(metadata["header"])
+        intact = (
+            metadata["format"] == _FORMAT
+            and _digest_tensors(tensors) == header["tensors_digest"]
+            and len(tensors) == sum(header["batches_per_step"])
+        )
+    except (safetensors.SafetensorError, KeyError, ValueError, TypeError) as error:
+        raise _damaged(path) from error
+    if not intact:
+        raise _damaged(path)
+    return header, tensors
+
+
+def _damaged(path: Path) -> WindowFileError:
+    return WindowFileError(
+        f"{path}: truncated, damaged or not a psft window file. Resume from another "
+        "checkpoint; the window is never restarted silently, since the run would "
+        "then differ from the one that wrote this checkpoint."
+    )
+
+
+def _check_belongs(
+    path: Path,
+    header: dict[str, Any],
+    *,
+    global_step: int,
+    rank: int,
+    settings: dict[str, Any],
+) -> None:
+    if (header["global_step"], header["rank"]) != (global_step, rank):
+        raise WindowFileError(
+            f"{path}: belongs to step {header['global_step']}, rank {header['rank']}; "
+            f"this is step {global_step}, rank {rank}. The file was copied from "
+            "another checkpoint: resume from an unmixed one."
+        )
+    for key in sorted(settings.keys() | header["settings"].keys()):
+        saved, current = header["settings"].get(key), settings.get(key)
+        if saved != current:
+            raise WindowFileError(
+                f"{path}: psft.{key} was {saved} when the checkpoint was written and is"
+                f" {current} now. Restore it, or start a new run with base_model set "
+                "to the checkpoint."
+            )

@@ -1,0 +1,47 @@
+"""Packed sequences: where one sample ends and the next begins.
+
+Torch only. A packed row holds several samples; position_ids restart at 0 at each.
+"""
+
+import torch
+from torch import Tensor
+
+IGNORE_INDEX = -100
+
+
+def supervised_targets(labels: Tensor, position_ids: Tensor | None) -> Tensor:
+    """Labels that some earlier token of the same sample can predict.
+
+    The first token of a sample has no predecessor: the one before it in a packed row
+    belongs to another sample, and training on that pair would leak across the boundary.
+
+    Args:
+        labels: [B, S] int64, -100 where not supervised.
+        position_ids: [B, S], 0 at each sample's first token; None where rows are not
+            packed.
+
+    Returns:
+        [B, S] int64: ``labels`` with -100 at the first token of every sample.
+    """
+    starts = torch.zeros_like(labels, dtype=torch.bool)
+    starts[:, 0] = True
+    if position_ids is not None:
+        starts |= position_ids == 0
+    return labels.masked_fill(starts, IGNORE_INDEX)
+
+
+def shift_left(targets: Tensor) -> Tensor:
+    """Align targets with the positions that predict them.
+
+    Args:
+        targets: [B, S]; entry t is the token at position t.
+
+    Returns:
+        [B, S]; entry t is the token at position t + 1, -100 at the end of the row.
+    """
+    return torch.nn.functional.pad(targets[:, 1:], (0, 1), value=IGNORE_INDEX)
+
+
+def shift_right(per_token: Tensor) -> Tensor:
+    """Undo :func:`shift_left` for results: [B, S] back to the tokens' own positions."""
+    return torch.nn.functional.pad(per_token[:, :-1], (1, 0))

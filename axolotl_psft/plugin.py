@@ -1,0 +1,44 @@
+"""The Axolotl plugin: hooks only. Without a `psft:` block every hook does nothing."""
+
+from typing import Any
+
+from axolotl.integrations.base import BasePlugin
+from axolotl.utils.logging import get_logger
+
+from axolotl_psft.config import PSFTConfig
+
+LOG = get_logger(__name__)
+
+
+class PSFTPlugin(BasePlugin):
+    """Proximal Supervised Fine-Tuning for Axolotl's causal-LM trainer."""
+
+    def get_input_args(self) -> str:
+        return "axolotl_psft.config.PSFTArgs"
+
+    def pre_model_load(self, cfg: Any) -> None:
+        if not cfg.psft:
+            LOG.warning(
+                "plugins lists axolotl_psft but there is no `psft:` block: this run is "
+                "plain SFT. Add `psft: {}` for Proximal SFT with the defaults."
+            )
+
+    def get_trainer_cls(self, cfg: Any) -> type | None:
+        if not cfg.psft:
+            return None
+        from axolotl_psft.trainer import PSFTTrainer
+
+        return PSFTTrainer
+
+    def post_trainer_create(self, cfg: Any, trainer: Any) -> None:
+        if not cfg.psft:
+            return
+        from axolotl_psft.trainer import PSFTTrainer
+
+        if not isinstance(trainer, PSFTTrainer):
+            raise ValueError(
+                f"plugins: {list(cfg.plugins)} gave a {type(trainer).__name__}: another"
+                " plugin brings its own trainer, and a psft block needs PSFTTrainer. "
+                "Remove that plugin or the psft block."
+            )
+        trainer.psft = PSFTConfig(**cfg.psft)

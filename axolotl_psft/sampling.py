@@ -1,0 +1,75 @@
+"""Data order as a function of seed and epoch only, so that a resumed run sees it again.
+
+Axolotl's packing shuffles with the global generator, whose state differs at resume.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from axolotl.utils.samplers import MultipackBatchSampler
+from torch.utils.data import RandomSampler, Sampler
+
+
+class EpochRandomSampler(Sampler[int]):
+    """A permutation drawn from ``seed + epoch`` and nothing else."""
+
+    def __init__(self, num_samples: int, seed: int) -> None:
+        self.num_samples = num_samples
+        self.seed = seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        yield from torch.randperm(self.num_samples, generator=generator).tolist()
+
+    def __len__(self) -> int:
+        return self.num_samples
+
+
+class EpochMultipackBatchSampler(MultipackBatchSampler):
+    """Axolotl's packing over an :class:`EpochRandomSampler`.
+
+    Every epoch yields as many batches as epoch 0: one that packs into more is cut, one
+    that packs into fewer starts over. The Trainer counts steps and finds its place at
+    resume by one number for all epochs.
+    """
+
+    @classmethod
+    def from_stock(
+        cls, stock: MultipackBatchSampler, seed: int
+    ) -> "EpochMultipackBatchSampler":
+        """The same packing options; a random order becomes one of seed and epoch."""
+        sampler = cls.__new__(cls)
+        sampler.__dict__.update(stock.__dict__)
+        if isinstance(stock.sampler, RandomSampler):
+            sampler.sampler = EpochRandomSampler(len(stock.lengths), seed)
+            sampler._batches = sampler._len_across_ranks = None
+        return sampler
+
+    def __iter__(self) -> Iterator[list[list[int]]]:
+        length = len(self)
+        batches = self.generate_batches(set_stats=True)
+        for index in range(length):
+            yield batches[index % len(batches)]
+
+
+def set_sampler_epoch(dataloader: Any, epoch: int) -> None:
+    """Tell every sampler under ``dataloader`` the epoch.
+
+    accelerate's wrappers pass it on through some nestings only: not through
+    SkipBatchSampler over BatchSamplerShard, that is, not at resume on several ranks.
+    """
+    pending = [getattr(dataloader, "batch_sampler", None)]
+    while pending:
+        sampler = pending.pop()
+        if sampler is None:
+            continue
+        if hasattr(sampler, "set_epoch"):
+            sampler.set_epoch(epoch)
+        pending += [
+            getattr(sampler, name, None) for name in ("batch_sampler", "sampler")
+        ]

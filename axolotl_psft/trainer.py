@@ -1,0 +1,438 @@
+"""PSFTTrainer: Axolotl's causal-LM trainer with the PSFT objective.
+
+Joins the rooms: windows (old_policy.py), log-probs (causal_lm.py), loss (objective.py),
+metrics (metrics.py), data order (sampling.py). No maths lives here.
+"""
+
+import math
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from axolotl.core.trainers.base import AxolotlTrainer
+from axolotl.utils.logging import get_logger
+from axolotl.utils.samplers import MultipackBatchSampler
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers import Trainer
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from axolotl_psft import old_policy
+from axolotl_psft.causal_lm import (
+    TokenLogprobsOutput,
+    check_against_logits,
+    install_logprobs_forward,
+    unwrap_peft,
+)
+from axolotl_psft.config import PSFTConfig
+from axolotl_psft.metrics import TokenSums
+from axolotl_psft.objective import psft_loss, sft_loss
+from axolotl_psft.old_policy import Batch, SavedWindow, Step, Window
+from axolotl_psft.packing import IGNORE_INDEX, supervised_targets
+from axolotl_psft.sampling import EpochMultipackBatchSampler, set_sampler_epoch
+
+LOG = get_logger(__name__)
+
+# Scoring that takes longer than this shows a progress bar.
+_PROGRESS_AFTER_SECONDS = 5.0
+
+
+class NonFiniteLossError(RuntimeError):
+    """The loss or the gradient norm became NaN or infinite; names step and rank."""
+
+
+class _PerplexityOfNll(Trainer):
+    """Comes after Axolotl's `log`, whose ppl is exp(loss): wrong for a surrogate."""
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "psft/nll" in logs:
+            try:
+                logs["ppl"] = round(math.exp(logs["psft/nll"]), 5)
+            except OverflowError:
+                logs["ppl"] = math.inf
+        super().log(logs, start_time)
+
+
+class PSFTTrainer(AxolotlTrainer, _PerplexityOfNll):  # type: ignore[misc]
+    """Trains with PSFT, or with SFT and the same metrics (``psft.objective: sft``).
+
+    Args:
+        psft: settings; the plugin sets them after construction.
+        *args, **kwargs: AxolotlTrainer's.
+
+    Raises:
+        ValueError: if the model is no causal LM with a backbone and an output head, or
+            torch.nn.DataParallel would be used.
+    """
+
+    def __init__(
+        self, *args: Any, psft: PSFTConfig | None = None, **kwargs: Any
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        if self.args.n_gpu > 1:
+            raise ValueError(
+                f"psft: {self.args.n_gpu} GPUs in one process (DataParallel) is not "
+                "supported. Launch one process a GPU: "
+                "`accelerate launch -m axolotl.cli.train config.yaml`."
+            )
+        install_logprobs_forward(unwrap_peft(self.model))
+        self.psft = psft or PSFTConfig()
+        # The loss divides by the step's tokens itself: the Trainer must not average
+        # over micro-batches again, which it does unless a loss function is set.
+        self.compute_loss_func = self._loss
+        # The Trainer would replace a NaN by the running mean and train on.
+        self.args.logging_nan_inf_filter = False
+        self._reset_run_state()
+
+    def _reset_run_state(self) -> None:
+        device = self.args.device
+        self._window = Window()
+        self._saved_window: SavedWindow | None = None
+        self._updates_left_in_epoch = 0
+        self._train_sums = TokenSums(device)
+        self._score_seconds = 0.0
+        self._step_loss = torch.zeros((), device=device)
+        self._eval_sums = torch.zeros(3, dtype=torch.float64, device=device)
+        self._logits_checked = False
+
+    # ---- Data order ----
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        sampler = super()._get_train_sampler(train_dataset)
+        if isinstance(sampler, MultipackBatchSampler):
+            seed = self.args.data_seed
+            return EpochMultipackBatchSampler.from_stock(
+                sampler, self.args.seed if seed is None else seed
+            )
+        return sampler
+
+    # ---- Start and resume ----
+
+    def _prepare_for_training(
+        self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None
+    ) -> tuple[nn.Module, Any]:
+        prepared = super()._prepare_for_training(
+            max_steps, train_dataloader, resume_from_checkpoint
+        )
+        self._reset_run_state()
+        warmup = self.psft.sft_warmup_steps
+        if self.psft.objective == "psft" and warmup >= max_steps:
+            LOG.warning(
+                f"psft.sft_warmup_steps: {warmup} is not shorter than the run "
+                f"({max_steps} steps): all of it is plain SFT. Lower it."
+            )
+        if resume_from_checkpoint is not None:
+            self._saved_window = old_policy.load_window(
+                resume_from_checkpoint,
+                global_step=self.state.global_step,
+                rank=self.args.process_index,
+                world_size=self.args.world_size,
+                settings=self._settings(),
+            )
+        return prepared
+
+    def _settings(self) -> dict[str, Any]:
+        """What must not change between a checkpoint and its resumption."""
+        return {
+            **self.psft.model_dump(),
+            # What takes part in the objective, not how it was written.
+            "epsilon": self.psft.epsilon if self.psft.epsilon_high is None else None,
+        }
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any, **kwargs: Any) -> None:
+        # Before the rest: a checkpoint must not look complete without its window.
+        if not self.args.save_only_model:
+            folder = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+            old_policy.save_window(
+                f"{self._get_output_dir(trial=trial)}/{folder}",
+                self._window,
+                global_step=self.state.global_step,
+                rank=self.args.process_index,
+                world_size=self.args.world_size,
+                settings=self._settings(),
+            )
+        super()._save_checkpoint(model, trial, **kwargs)
+
+    # ---- Windows ----
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        epoch = kwargs["epoch"]
+        set_sampler_epoch(kwargs["train_dataloader"], epoch)
+        # A window never spans two epochs; one left over is from an epoch cut short.
+        self._window.steps.clear()
+        resumed_here = (
+            kwargs["resume_from_checkpoint"] is not None
+            and epoch == kwargs["epochs_trained"]
+        )
+        batches_done = kwargs["steps_trained_in_current_epoch"] if resumed_here else 0
+        self._updates_left_in_epoch = (
+            kwargs["num_update_steps_per_epoch"]
+            - batches_done // self.args.gradient_accumulation_steps
+        )
+        super()._run_epoch(*args, **kwargs)
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
+    ) -> tuple[list[Batch], Tensor | None]:
+        """The next optimizer step's micro-batches and its active tokens.
+
+        At the start of a window, looks ahead over all of it and scores it.
+        """
+        if self._saved_window is not None:
+            self._window = self._saved_window.attach(epoch_iterator)
+            self._saved_window = None
+            self._count_tokens(self._window.steps)
+        if not self._window.steps:
+            self._start_window(epoch_iterator)
+        self._updates_left_in_epoch -= 1
+        if not self._window.steps:
+            return [], None
+        step = self._window.steps.popleft()
+        return step.batches, step.num_tokens
+
+    def _start_window(self, epoch_iterator: Iterator[Batch]) -> None:
+        start = self.state.global_step
+        num_steps = self.psft.refresh_steps if self._in_psft_phase() else 1
+        num_steps = min(
+            num_steps, self._updates_left_in_epoch, self.state.max_steps - start
+        )
+        steps = old_policy.collect(
+            epoch_iterator, num_steps, self.args.gradient_accumulation_steps
+        )
+        self._count_tokens(steps)
+        if steps and not self._logits_checked:
+            self._check_logits(steps[0].batches[0])
+        # In the first step the weights are still the old policy's: its log-probs are
+        # the training pass's own.
+        self._score([batch for step in steps[1:] for batch in step.batches])
+        self._window = Window(start)
+        self._window.steps.extend(steps)
+
+    def _in_psft_phase(self) -> bool:
+        return (
+            self.psft.objective == "psft"
+            and self.state.global_step >= self.psft.sft_warmup_steps
+        )
+
+    def _count_tokens(self, steps: Any) -> None:
+        """Active tokens of each optimizer step over all ranks: one all-reduce."""
+        steps = list(steps)
+        if not steps:
+            return
+        counts = torch.stack([_num_active(step) for step in steps]).to(self.args.device)
+        counts = self.accelerator.reduce(counts, reduction="sum")
+        for step, count in zip(steps, counts, strict=True):
+            # An optimizer step without a supervised token: loss and gradient are zero.
+            step.num_tokens = count.clamp(min=1)
+
+    @torch.no_grad()
+    def _score(self, batches: list[Batch]) -> None:
+        """Attach the current policy's log-probs to each micro-batch, dropout off."""
+        if not batches:
+            return
+        started = time.perf_counter()
+        model = self.model_wrapped
+        # Schedule-free optimizers swap weights for evaluation: score the trained ones.
+        if callable(train := getattr(self.optimizer, "train", None)):
+            train()
+        model.eval()
+        progress = tqdm(
+            batches,
+            desc="Scoring the old policy",
+            delay=_PROGRESS_AFTER_SECONDS,
+            leave=False,
+            disable=self.args.disable_tqdm or not self.is_local_process_zero(),
+        )
+        for batch in progress:
+            inputs = self._prepare_inputs(batch)
+            with self.compute_loss_context_manager():
+                _, output = self.compute_loss(model, inputs, return_outputs=True)
+            batch["old_logprobs"] = output.logprobs
+        model.train()
+        if self.args.device.type != "cpu":
+            torch.accelerator.synchronize()
+        self._score_seconds += time.perf_counter() - started
+
+    def _check_logits(self, batch: Batch) -> None:
+        model = self.accelerator.unwrap_model(
+            self.model_wrapped, keep_torch_compile=False
+        )
+        low_precision = self.accelerator.mixed_precision != "no" or any(
+            parameter.dtype.itemsize < 4 for parameter in model.parameters()
+        )
+        model.eval()
+        with self.accelerator.autocast():
+            check_against_logits(
+                model,
+                batch["input_ids"].to(self.args.device),
+                low_precision=low_precision,
+            )
+        model.train()
+        self._logits_checked = True
+
+    # ---- Loss ----
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: Batch,
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """Loss of one micro-batch; eval and scoring take the same path.
+
+        Args:
+            model: the wrapped model.
+            inputs: ``input_ids`` and ``labels`` [B, S], ``position_ids`` [B, S] where
+                packed, ``old_logprobs`` [B, S] except in a window's first step.
+            return_outputs: also return the :class:`TokenLogprobsOutput`.
+            num_items_in_batch: active tokens of the optimizer step, over all ranks.
+        """
+        targets = supervised_targets(inputs["labels"], inputs.get("position_ids"))
+        return super().compute_loss(
+            model,
+            {**inputs, "logprob_targets": targets},
+            return_outputs=return_outputs,
+            num_items_in_batch=num_items_in_batch,
+        )
+
+    def _loss(
+        self,
+        output: TokenLogprobsOutput,
+        labels: Tensor,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor:
+        if not output.logprobs.requires_grad:
+            return self._eval_loss(output)
+        logprobs, mask = output.logprobs, output.mask
+        if self._in_psft_phase():
+            old = output.old_logprobs
+            loss, sums = psft_loss(
+                logprobs,
+                logprobs.detach() if old is None else old,
+                mask,
+                epsilon=self.psft.epsilon,
+                epsilon_high=self.psft.epsilon_high,
+                num_tokens=num_items_in_batch,
+            )
+        else:
+            loss, sums = sft_loss(logprobs, mask, num_tokens=num_items_in_batch)
+        self._train_sums.add({**sums, "entropy_sum": output.entropy.sum()})
+        # Data parallelism averages gradients over ranks; the divisor already counts
+        # the tokens of all of them.
+        loss = loss * self.accelerator.num_processes
+        self._step_loss += loss.detach()
+        return loss
+
+    def _eval_loss(self, output: TokenLogprobsOutput) -> Tensor:
+        """Mean NLL of the micro-batch; keeps each row's sums for the true mean."""
+        self._eval_rows = torch.stack(
+            [-output.logprobs.sum(1), output.entropy.sum(1), output.mask.sum(1)], dim=1
+        )
+        nll, _, num_tokens = self._eval_rows.sum(0)
+        return nll / num_tokens.clamp(min=1)
+
+    # ---- Safety ----
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        # The last thing before optimizer.step().
+        grad_norm = super()._get_grad_norm(model, grad_norm)
+        self._stop_if_not_finite(grad_norm)
+        return grad_norm
+
+    def _stop_if_not_finite(self, grad_norm: Any) -> None:
+        """Raise on every rank where any rank's loss or the gradient is not finite."""
+        world_size = self.accelerator.num_processes
+        loss_is_finite = torch.isfinite(self._step_loss)
+        finite = torch.ones(world_size, device=self.args.device)
+        finite[self.accelerator.process_index] = loss_is_finite
+        finite = self.accelerator.reduce(finite, reduction="sum") > world_size - 1
+        # fp16's gradient scaler meets infinite gradients by design and skips the step.
+        scaled = getattr(self.accelerator, "scaler", None) is not None
+        norm = torch.as_tensor(0.0 if grad_norm is None or scaled else grad_norm)
+        ok = torch.stack([finite.all(), torch.isfinite(norm).to(finite.device)])
+        self._step_loss.zero_()
+        if ok.all():
+            return
+        step = self.state.global_step + 1
+        ranks = (~finite).nonzero().flatten().tolist()
+        what = (
+            f"the loss of rank {', '.join(map(str, ranks))}"
+            if ranks
+            else f"the gradient norm ({float(norm)})"
+        )
+        raise NonFiniteLossError(
+            f"psft: {what} is not finite in optimizer step {step}. The weights were not"
+            " updated and earlier checkpoints are intact. Look at the data of this step"
+            " and lower learning_rate, or use bf16/fp32 instead of fp16."
+        )
+
+    # ---- Evaluation ----
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: Batch,
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Tensor | None, None, None]:
+        # Logits do not exist, so there is nothing but the loss to return.
+        loss, _, _ = super().prediction_step(
+            model, inputs, prediction_loss_only=True, ignore_keys=ignore_keys
+        )
+        # accelerate repeats samples to fill the last batch and knows which; packed
+        # batches are never filled up, and it would count wrongly there.
+        args: Any = self.args
+        gather = (
+            self.accelerator.gather
+            if args.sample_packing and args.eval_sample_packing is not False
+            else self.accelerator.gather_for_metrics
+        )
+        self._eval_sums += gather(self._eval_rows.double()).sum(0)
+        return loss, None, None
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """The Trainer's loop, with token-weighted ``eval_loss`` (NLL) and entropy."""
+        self._eval_sums.zero_()
+        output = super().evaluation_loop(*args, **kwargs)
+        prefix = kwargs.get("metric_key_prefix", "eval")
+        nll, entropy, num_tokens = self._eval_sums.tolist()
+        if num_tokens == 0:
+            LOG.warning(f"{prefix}: no supervised token in the evaluation data.")
+            num_tokens = math.nan
+        metrics: Any = output.metrics
+        metrics[f"{prefix}_loss"] = nll / num_tokens
+        metrics[f"{prefix}_psft/entropy"] = entropy / num_tokens
+        return output
+
+    # ---- Logging ----
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            logs.update(self._train_metrics())
+        super().log(logs, start_time)
+
+    def _train_metrics(self) -> dict[str, float]:
+        # `log` runs after the step was counted.
+        last_step = self.state.global_step - 1
+        metrics = self._train_sums.reduce()
+        metrics["old_policy_age"] = last_step - self._window.start_step
+        metrics["phase"] = int(
+            self.psft.objective == "psft" and last_step >= self.psft.sft_warmup_steps
+        )
+        metrics["score_seconds"] = self._score_seconds
+        self._train_sums = TokenSums(self.args.device)
+        self._score_seconds = 0.0
+        return {f"psft/{name}": value for name, value in metrics.items()}
+
+
+def _num_active(step: Step) -> Tensor:
+    counts = [
+        (
+            supervised_targets(batch["labels"], batch.get("position_ids"))
+            != IGNORE_INDEX
+        ).sum()
+        for batch in step.batches
+    ]
+    return torch.stack(counts).sum()
