@@ -1,0 +1,30 @@
+"""Fixtures shared by all tests: no network, no telemetry, a tiny model and data."""
+
+import os
+
+# Before torch or Axolotl is imported anywhere.
+os.environ.update(
+    AXOLOTL_DO_NOT_TRACK="1",
+    HF_HUB_OFFLINE="1",
+    HF_DATASETS_OFFLINE="1",
+    TOKENIZERS_PARALLELISM="false",
+    ACCELERATE_USE_CPU="true",
+    CUDA_VISIBLE_DEVICES="",
+)
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+from pathlib import Path
+
+import pytest
+
+from tests.tiny import write_dataset, write_model
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with `model/` (random Qwen3), `train.jsonl` and `test.jsonl`."""
+    folder = tmp_path_factory.mktemp("tiny")
+    write_model(folder / "model")
+    write_dataset(folder / "train.jsonl", num_samples=96, seed=0)
+    write_dataset(folder / "test.jsonl", num_samples=13, seed=1)
+    return folder

@@ -1,0 +1,142 @@
+"""A tiny random model, a data set, and Axolotl configurations that use them.
+
+Runs go through Axolotl's own functions in this process: importing Axolotl costs more
+than all of them together. Real launches are in test_launch.py.
+"""
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+WORDS = [f"w{i}" for i in range(60)]
+PROMPT = {
+    "field_instruction": "instruction",
+    "field_output": "output",
+    "format": "{instruction}",
+    "no_input_format": "{instruction}",
+}
+
+
+def write_tokenizer(folder: Path) -> Any:
+    """A word-level tokenizer over WORDS with pad, eos and unk tokens."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    specials = ["<pad>", "<eos>", "<unk>"]
+    vocabulary = {word: i for i, word in enumerate(specials + WORDS)}
+    model = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    model.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=model,
+        pad_token="<pad>",
+        eos_token="<eos>",
+        unk_token="<unk>",
+    )
+    tokenizer.save_pretrained(folder)
+    return tokenizer
+
+
+def write_model(folder: Path, **overrides: Any) -> Path:
+    """A random two-layer Qwen3 with the tokenizer, saved as users' models are."""
+    import torch
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    tokenizer = write_tokenizer(folder)
+    torch.manual_seed(0)
+    options = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "tie_word_embeddings": True,
+        "pad_token_id": tokenizer.pad_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "bos_token_id": None,
+    }
+    model = Qwen3ForCausalLM(Qwen3Config(**{**options, **overrides}))
+    model.generation_config.do_sample = True
+    model.save_pretrained(folder)
+    return folder
+
+
+def write_dataset(path: Path, num_samples: int, seed: int) -> Path:
+    """Prompts of 2-5 words, answers of 1-9 that depend on the prompt's first word."""
+    rng = random.Random(seed)
+    rows = []
+    for _ in range(num_samples):
+        prompt = [rng.choice(WORDS) for _ in range(rng.randint(2, 5))]
+        first = WORDS.index(prompt[0])
+        answer = [
+            WORDS[(first + i * rng.choice((1, 2))) % len(WORDS)]
+            for i in range(rng.randint(1, 9))
+        ]
+        rows.append({"instruction": " ".join(prompt), "output": " ".join(answer)})
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def config(tiny: Path, output: Path, **overrides: Any) -> dict[str, Any]:
+    """A complete Axolotl configuration for a short fp32 run; None drops a key."""
+    cfg = {
+        "base_model": str(tiny / "model"),
+        "plugins": ["axolotl_psft.PSFTPlugin"],
+        "psft": {"epsilon_high": 0.28, "refresh_steps": 4},
+        "datasets": [{"path": str(tiny / "train.jsonl"), "type": PROMPT}],
+        "dataset_prepared_path": str(output / "prepared"),
+        "output_dir": str(output / "run"),
+        "val_set_size": 0,
+        "sequence_len": 64,
+        "sample_packing": False,
+        "attn_implementation": "sdpa",
+        "micro_batch_size": 4,
+        "gradient_accumulation_steps": 1,
+        "max_steps": 8,
+        "optimizer": "adamw_torch",
+        "lr_scheduler": "constant",
+        "warmup_steps": 0,
+        "learning_rate": 0.01,
+        "weight_decay": 0.0,
+        "bf16": False,
+        "fp16": False,
+        "tf32": False,
+        "gradient_checkpointing": False,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "include_tkps": False,
+        "dataset_num_proc": 1,
+        "seed": 7,
+        **overrides,
+    }
+    return {key: value for key, value in cfg.items() if value is not None}
+
+
+def load(cfg: dict[str, Any]) -> Any:
+    """Axolotl's validated configuration, as its command line makes it."""
+    from axolotl.cli.config import load_cfg
+    from axolotl.integrations.base import PluginManager
+    from axolotl.utils.dict import DictDefault
+
+    # A process of Axolotl's own sees one configuration; this one sees many.
+    PluginManager.get_instance().plugins.clear()
+    return load_cfg(DictDefault(cfg))
+
+
+def run(cfg: dict[str, Any]) -> Any:
+    """Train as `axolotl.cli.train` does; returns the trainer."""
+    from axolotl.cli.args import TrainerCliArgs
+    from axolotl.common.datasets import load_datasets
+    from axolotl.train import train
+
+    loaded = load(cfg)
+    meta = load_datasets(cfg=loaded, cli_args=TrainerCliArgs())
+    _, _, trainer = train(cfg=loaded, dataset_meta=meta)
+    return trainer
+
+
+def train_logs(trainer: Any) -> list[dict[str, float]]:
+    """The log entries of training steps."""
+    return [entry for entry in trainer.state.log_history if "loss" in entry]
