@@ -16,6 +16,12 @@ class PSFTPlugin(BasePlugin):
     def get_input_args(self) -> str:
         return "axolotl_psft.config.PSFTArgs"
 
+    def load_datasets(self, cfg: Any, preprocess: bool = False) -> None:
+        # Nothing to load: this is the last hook before Axolotl reads the device map,
+        # which on several ranks is the rank's number even where there is no GPU.
+        if cfg.psft and cfg.device == "cpu" and cfg.device_map:
+            cfg.device_map = {"": "cpu"}
+
     def pre_model_load(self, cfg: Any) -> None:
         if not cfg.psft:
             LOG.warning(

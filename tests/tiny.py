@@ -147,10 +147,12 @@ def run(cfg: dict[str, Any]) -> Any:
     """Train as `axolotl.cli.train` does; returns the trainer."""
     from axolotl.cli.args import TrainerCliArgs
     from axolotl.common.datasets import load_datasets
+    from axolotl.integrations.base import PluginManager
     from axolotl.train import train
 
     loaded = load(cfg)
     _freeze_imports()
+    PluginManager.get_instance().load_datasets(loaded, preprocess=False)
     meta = load_datasets(cfg=loaded, cli_args=TrainerCliArgs())
     _, _, trainer = train(cfg=loaded, dataset_meta=meta)
     return trainer

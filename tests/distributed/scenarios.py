@@ -1,0 +1,108 @@
+"""What two data-parallel ranks run, all in one launch: importing Axolotl is the cost.
+
+`accelerate launch ... -m tests.distributed.scenarios TINY OUTPUT`; every rank writes
+its results to OUTPUT/rank{r}.json. Judged by test_two_ranks.py.
+"""
+
+import json
+import math
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from tests.tiny import config, run, train_logs
+
+METRICS = ["loss", "grad_norm", "psft/nll", "psft/clip_frac", "psft/ratio_max"]
+SAVE = {"save_strategy": None, "save_steps": 1, "save_total_limit": 100}
+PACKED = {
+    "sample_packing": True,
+    "micro_batch_size": 1,
+    "num_epochs": 10,
+    "gradient_accumulation_steps": 2,
+    "max_steps": 10,
+}
+
+
+def logs(trainer: Any, first_step: int = 0) -> list[list[float]]:
+    return [
+        [entry[key] for key in METRICS]
+        for entry in train_logs(trainer)
+        if entry["step"] > first_step
+    ]
+
+
+def main(tiny: Path, output: Path) -> dict[str, Any]:
+    results: dict[str, Any] = {}
+
+    trainer = run(config(tiny, output / "plain", micro_batch_size=4))
+    results["plain"] = logs(trainer)
+
+    test_set = {"path": str(tiny / "test.jsonl"), "split": "train"}
+    test_set["type"] = config(tiny, output)["datasets"][0]["type"]
+    trainer = run(
+        config(
+            tiny,
+            output / "eval",
+            test_datasets=[test_set],
+            eval_batch_size=4,
+            eval_steps=2,
+            save_steps=2,
+            save_strategy=None,
+            max_steps=2,
+        )
+    )
+    history = trainer.state.log_history
+    results["eval"] = [e["eval_loss"] for e in history if "eval_loss" in e]
+
+    whole = run(config(tiny, output / "packed", **PACKED, **SAVE))
+    results["packed"] = logs(whole)
+    results["epochs"] = [entry["epoch"] for entry in train_logs(whole)]
+    for step in (2, 9):
+        checkpoint = output / "packed" / "run" / f"checkpoint-{step}"
+        resumed = run(
+            config(
+                tiny,
+                output / f"resumed-{step}",
+                resume_from_checkpoint=str(checkpoint),
+                **PACKED,
+            )
+        )
+        results[f"resumed-{step}"] = logs(resumed, step)
+
+    results["error"] = nan_on_one_rank(tiny, output / "nan")
+    return results
+
+
+def nan_on_one_rank(tiny: Path, output: Path) -> str:
+    from axolotl_psft.trainer import NonFiniteLossError, PSFTTrainer
+
+    original = PSFTTrainer._loss
+
+    def poisoned(self: Any, *args: Any, **kwargs: Any) -> Any:
+        loss = original(self, *args, **kwargs)
+        if self.state.global_step == 2 and self.args.process_index == 1:
+            self._step_loss += math.nan
+        return loss
+
+    PSFTTrainer._loss = poisoned
+    try:
+        run(config(tiny, output))
+    except NonFiniteLossError as error:
+        return str(error)
+    finally:
+        PSFTTrainer._loss = original
+    return "no error"
+
+
+if __name__ == "__main__":
+    import axolotl.train
+
+    # Axolotl ends its process group after a run; a second one over the launcher's
+    # store meets the keys of the first and waits for ever.
+    axolotl.train.cleanup_distributed = lambda: None
+
+    target = Path(sys.argv[2])
+    outcome = main(Path(sys.argv[1]), target)
+    rank = os.environ["RANK"]
+    (target / f"rank{rank}.json").write_text(json.dumps(outcome))

@@ -1,0 +1,93 @@
+"""Two gloo ranks through `accelerate launch`: as one process, and exact at resume."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from tests.distributed.scenarios import logs
+from tests.tiny import PROMPT, config, run
+
+# --multi_gpu with ACCELERATE_USE_CPU is how accelerate starts several CPU ranks.
+LAUNCH = "launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no"
+# Rounding of float32 sums over other groups of tokens, through eight descent steps.
+CLOSE = {"rtol": 2e-6, "atol": 1e-6}
+
+
+@pytest.fixture(scope="module")
+def ranks(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
+    output = tmp_path_factory.mktemp("ranks")
+    command = [str(Path(sys.executable).parent / "accelerate"), *LAUNCH.split()]
+    command += ["--main_process_port", "0", "-m", "tests.distributed.scenarios"]
+    process = subprocess.run(
+        [*command, str(tiny), str(output)],
+        env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        timeout=400,
+        check=False,
+    )
+    assert process.returncode == 0, process.stdout[-6000:]
+    return [json.loads((output / f"rank{r}.json").read_text()) for r in range(2)]
+
+
+def test_ranks_log_the_same(ranks: list[Any]) -> None:
+    # The loss and every metric are reduced over ranks before they are logged.
+    assert ranks[0]["plain"] == ranks[1]["plain"]
+
+
+def test_data_parallel_size_changes_no_step(
+    ranks: list[Any], tiny: Path, tmp_path: Path
+) -> None:
+    alone = logs(run(config(tiny, tmp_path, micro_batch_size=8)))
+    assert_close(torch.tensor(ranks[0]["plain"]), torch.tensor(alone), **CLOSE)
+    assert max(clip_frac for _, _, _, clip_frac, _ in alone) > 0.05
+
+
+def test_eval_loss_counts_every_sample_once(
+    ranks: list[Any], tiny: Path, tmp_path: Path
+) -> None:
+    # 13 samples on two ranks of four: accelerate repeats some to fill the last batch.
+    trainer = run(
+        config(
+            tiny,
+            tmp_path,
+            micro_batch_size=8,
+            test_datasets=[
+                {"path": str(tiny / "test.jsonl"), "type": PROMPT, "split": "train"}
+            ],
+            eval_batch_size=4,
+            eval_steps=2,
+            save_steps=2,
+            save_strategy=None,
+            max_steps=2,
+        )
+    )
+    alone = [e["eval_loss"] for e in trainer.state.log_history if "eval_loss" in e]
+    assert ranks[0]["eval"] == pytest.approx(alone, rel=1e-6)
+
+
+def test_packed_runs_resume_to_the_last_bit_on_two_ranks(ranks: list[Any]) -> None:
+    result = ranks[0]
+    # Step 9 lies in the second epoch, where accelerate forgets to set the epoch.
+    assert result["epochs"][8] > 1
+    for step in (2, 9):
+        assert result[f"resumed-{step}"] == result["packed"][step:]
+
+
+def test_epochs_are_shuffled_anew(ranks: list[Any]) -> None:
+    steps_per_epoch = next(i for i, e in enumerate(ranks[0]["epochs"]) if e >= 1) + 1
+    first_nll = [nll for _, _, nll, _, _ in ranks[0]["packed"]]
+    assert first_nll[0] != first_nll[steps_per_epoch]
+
+
+def test_a_nan_on_one_rank_stops_both_and_names_it(ranks: list[Any]) -> None:
+    for result in ranks:
+        assert "the loss of rank 1 is not finite in optimizer step 3" in result["error"]

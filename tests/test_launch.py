@@ -1,0 +1,93 @@
+"""Real command lines in fresh processes: what a user types, nothing in between."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.tiny import config
+
+BIN = Path(sys.executable).parent
+ACCELERATE = [str(BIN / "accelerate"), "launch", "--cpu", "--num_processes", "1"]
+MODULE = [*ACCELERATE, "-m", "axolotl.cli.train"]
+
+
+def start(
+    command: list[str], cfg: dict, folder: Path, **env: str
+) -> "subprocess.Popen[str]":
+    folder.mkdir(parents=True)
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(cfg))
+    return subprocess.Popen(
+        [*command, str(path)],
+        # `axolotl train` looks for accelerate on the path, as in an active environment.
+        env={**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}", **env},
+        cwd=folder,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+
+
+def finish(process: "subprocess.Popen[str]") -> str:
+    try:
+        output, _ = process.communicate(timeout=600)
+    finally:
+        process.kill()
+    assert process.returncode == 0, output[-5000:]
+    return output
+
+
+def losses(folder: Path) -> list[tuple[float, float]]:
+    state = json.loads(
+        (folder / "run" / "checkpoint-4" / "trainer_state.json").read_text()
+    )
+    return [(e["loss"], e["grad_norm"]) for e in state["log_history"] if "loss" in e]
+
+
+@pytest.fixture(scope="module")
+def launched(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Four runs, two at a time: start-up is most of each."""
+    folder = tmp_path_factory.mktemp("launched")
+    runs = {
+        "accelerate": (MODULE, {"plugins": ["axolotl_psft"]}, {}),
+        "axolotl": ([str(BIN / "axolotl"), "train"], {"plugins": ["axolotl_psft"]}, {}),
+        "without block": (MODULE, {"psft": None, "plugins": None}, {}),
+        "without package": (
+            MODULE,
+            {"psft": None, "plugins": None},
+            {"TORCH_DEVICE_BACKEND_AUTOLOAD": "0"},
+        ),
+    }
+    names = list(runs)
+    for pair in (names[:2], names[2:]):
+        started = []
+        for name in pair:
+            command, overrides, env = runs[name]
+            options = {"max_steps": 4, "save_strategy": None, "save_steps": 4}
+            cfg = config(tiny, folder / name, **{**options, **overrides})
+            started.append(start(command, cfg, folder / name, **env))
+        for process in started:
+            finish(process)
+    return {name: folder / name for name in names}
+
+
+def test_the_bare_plugin_name_trains_from_both_commands(
+    launched: dict[str, Path],
+) -> None:
+    for name in ("accelerate", "axolotl"):
+        assert losses(launched[name])[0][0] == -1.0
+        assert (launched[name] / "run" / "model.safetensors").is_file()
+    assert losses(launched["accelerate"]) == losses(launched["axolotl"])
+
+
+def test_installed_but_not_configured_changes_nothing(
+    launched: dict[str, Path],
+) -> None:
+    stock = losses(launched["without package"])
+    assert losses(launched["without block"]) == stock
+    assert stock[0][0] > 1
