@@ -28,7 +28,6 @@ from axolotl_psft.old_policy import (
 
 SETTINGS = {"epsilon": None, "epsilon_high": 0.28, "refresh_steps": 4}
 RUN = {"global_step": 6, "rank": 1, "world_size": 2, "settings": SETTINGS}
-REMEDY = "Resume |resume "
 
 
 def batches(num: int, seed: int = 0) -> list[Batch]:
@@ -347,6 +346,11 @@ def test_digest_tells_shapes_and_names_apart():
     a, b = tokens, tokens + 1
     assert digest({"input_ids": a, "labels": b}) != digest(
         {"input_ids": b, "labels": a}
+    )
+    # The same bytes.
+    zeros = torch.zeros(6, dtype=torch.int32)
+    assert digest({"input_ids": zeros, "labels": a}) != digest(
+        {"input_ids": zeros.float(), "labels": a}
     )
     # Log-probs that were attached later do not change whose they are.
     assert digest({**one, "old_logprobs": torch.ones(2, 3)}) == digest(one)
