@@ -145,13 +145,13 @@ def test_values_at_the_edge_are_good():
 
 
 def test_numbers_that_yaml_takes_for_text():
-    block = yaml.safe_load("{epsilon: 2e-1, epsilon_high: '0.3', refresh_steps: '4'}")
-    assert block["epsilon"] == "2e-1"
+    block = yaml.safe_load("{epsilon: 2e-1, epsilon_high: '0.3', refresh_steps: 1e1}")
+    assert block["epsilon"] == "2e-1" and block["refresh_steps"] == "1e1"
     settings = PSFTConfig(**block, sft_warmup_steps=2.0)
     assert settings.model_dump(exclude={"objective"}) == {
         "epsilon": 0.2,
         "epsilon_high": 0.3,
-        "refresh_steps": 4,
+        "refresh_steps": 10,
         "sft_warmup_steps": 2,
     }
     assert isinstance(settings.refresh_steps, int)
