@@ -133,15 +133,17 @@ def test_it_is_idempotent_and_keeps_the_originals(standin: Path):
         + ACTIVATE
         + "import sys\n"
         + "print(sum(type(f).__name__ == '_PatchOnImport' for f in sys.meta_path))\n"
+        + "sys.meta_path.pop(0)\n"  # as if the package had been imported anew
+        + ACTIVATE
         + "for f in (base.load_plugin, config.validate_config):\n"
         + "    original = f._axolotl_psft_original\n"
-        + "    print(hasattr(original, '_axolotl_psft_original'), f.__name__)\n"
+        + "    print(hasattr(original, '_axolotl_psft_original'), f.__module__)\n"
         + "print(base.load_plugin.__doc__, config.validate_config({'a': 1}, 2))"
     )
     assert python(code, standin).splitlines() == [
         "1",
-        "False load_plugin",
-        "False validate_config",
+        "False axolotl.integrations.base",
+        "False axolotl.utils.config",
         "Loads. ({'a': 1}, 2)",
     ]
 
