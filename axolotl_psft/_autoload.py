@@ -27,10 +27,26 @@ def _patch_load_plugin(module: ModuleType) -> None:
 
     @functools.wraps(original)
     def load_plugin(plugin_name: str) -> Any:
-        return original(_CLASS if plugin_name == _NAME else plugin_name)
+        if plugin_name in (_NAME, _CLASS):
+            return original(_CLASS)
+        try:
+            return original(plugin_name)
+        except (ValueError, AttributeError) as error:
+            if not _is_misspelt(plugin_name):
+                raise
+            raise ValueError(
+                f"plugins: there is no plugin named {plugin_name}. Did you mean "
+                f"`plugins: [{_NAME}]`?"
+            ) from error
 
     setattr(load_plugin, _MARK, original)
     module.load_plugin = load_plugin  # type: ignore[attr-defined]
+
+
+def _is_misspelt(plugin_name: str) -> bool:
+    from difflib import get_close_matches
+
+    return bool(get_close_matches(str(plugin_name), (_NAME, _CLASS), cutoff=0.8))
 
 
 def _patch_validate_config(module: ModuleType) -> None:
@@ -103,11 +119,13 @@ class _PatchOnImport(MetaPathFinder):
         for name, (function, patch) in list(self._pending.items()):
             module = sys.modules.get(name)
             if module is not None and hasattr(module, function):
-                del self._pending[name]
+                self._pending.pop(name, None)  # another thread may have been faster
                 patch(module)
 
 
 def activate() -> None:
     """Watch for the two Axolotl modules. Idempotent."""
     if not any(isinstance(finder, _PatchOnImport) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _PatchOnImport())
+        finder = _PatchOnImport()
+        sys.meta_path.insert(0, finder)
+        finder._patch_completed()

@@ -5,7 +5,8 @@ with the settings lives in trainer.py.
 """
 
 import difflib
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 from axolotl.utils.logging import get_logger
@@ -13,7 +14,23 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 LOG = get_logger(__name__)
 
-_PAPER = "8 (the paper's setting); 1 is plain SFT"
+# Of each number: whether it is whole, what it must be, what else to write.
+_NUMBERS: dict[str, tuple[bool, Callable[[float], bool], str, str]] = {
+    "epsilon": (False, lambda x: x > 0, "> 0", "0.2 (PPO's usual setting)"),
+    "epsilon_high": (
+        False,
+        lambda x: x >= 0,
+        ">= 0",
+        "0.28 (the paper's setting), or leave it out to use epsilon",
+    ),
+    "refresh_steps": (
+        True,
+        lambda x: x >= 1,
+        ">= 1",
+        "8 (the paper's setting); 1 is plain SFT",
+    ),
+    "sft_warmup_steps": (True, lambda x: x >= 0, ">= 0", "0 for none"),
+}
 
 _LOSS_OPTIONS = {
     "use_eaft": "it replaces the loss by entropy-aware focal training",
@@ -32,6 +49,7 @@ _LOSS_OPTIONS = {
 
 _UNSUPPORTED = {
     "context_parallel_size": "context parallelism",
+    "sequence_parallel_degree": "context parallelism",
     "expert_parallel_size": "expert parallelism",
     "tensor_parallel_size": "tensor parallelism",
 }
@@ -66,7 +84,7 @@ class PSFTConfig(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _keys_are_known(cls, data: Any) -> Any:
+    def _keys_and_values(cls, data: Any) -> Any:
         if not isinstance(data, Mapping):
             raise ValueError(
                 f"psft must be a block of settings, got {data!r}. "
@@ -86,28 +104,9 @@ class PSFTConfig(BaseModel):
                 f"psft.objective must be psft or sft, got {data['objective']!r}. "
                 "Use psft; sft is the baseline with the same metrics."
             )
-        return data
-
-    @model_validator(mode="after")
-    def _values_are_in_range(self) -> "PSFTConfig":
-        rules = [
-            (self.epsilon > 0, "epsilon", "> 0", "0.2 (PPO's usual setting)"),
-            (
-                self.epsilon_high is None or self.epsilon_high >= 0,
-                "epsilon_high",
-                ">= 0",
-                "0.28 (the paper's setting), or leave it out to use epsilon",
-            ),
-            (self.refresh_steps >= 1, "refresh_steps", ">= 1", _PAPER),
-            (self.sft_warmup_steps >= 0, "sft_warmup_steps", ">= 0", "0 for none"),
-        ]
-        for holds, key, bound, remedy in rules:
-            if not holds:
-                value = getattr(self, key)
-                raise ValueError(
-                    f"psft.{key} must be {bound}, got {value}. Use {remedy}."
-                )
-        return self
+        # Here and not in field types: pydantic's own messages know no remedy, and it
+        # takes `true` for 1.
+        return {**data, **_numbers(data)}
 
     def settings_without_effect(self) -> list[str]:
         """Warnings about settings that change nothing, each one sentence or two."""
@@ -128,9 +127,33 @@ class PSFTConfig(BaseModel):
         if self.refresh_steps == 1:
             warnings.append(
                 "psft.refresh_steps: 1 is plain SFT: the ratio is always 1 and nothing "
-                f"is ever clipped. Use {_PAPER}."
+                "is ever clipped. Use 8 (the paper's setting)."
             )
         return warnings
+
+
+def _numbers(block: Mapping[str, Any]) -> dict[str, float | None]:
+    """The block's numbers; YAML gives some as strings (2e-1).
+
+    Raises:
+        ValueError: names the key, its value and the remedy.
+    """
+    numbers: dict[str, float | None] = {}
+    for key, (whole, holds, bound, remedy) in _NUMBERS.items():
+        if key not in block or (key == "epsilon_high" and block[key] is None):
+            continue
+        value = block[key]
+        kind = "a whole number" if whole else "a number"
+        try:
+            number = math.nan if isinstance(value, bool) else float(value)
+        except (TypeError, ValueError):
+            number = math.nan
+        if math.isnan(number) or (whole and not number.is_integer()):
+            raise ValueError(f"psft.{key} must be {kind}, got {value!r}. Use {remedy}.")
+        if not holds(number):
+            raise ValueError(f"psft.{key} must be {bound}, got {value}. Use {remedy}.")
+        numbers[key] = int(number) if whole else number
+    return numbers
 
 
 class PSFTArgs(BaseModel):
@@ -185,7 +208,7 @@ def check_combination(cfg: Mapping[str, Any]) -> None:
         if cfg.get(key):
             _refuse(key, cfg[key], f"{reason}. Remove `{key}` or the psft block")
     for key, what in _UNSUPPORTED.items():
-        if (cfg.get(key) or 1) > 1:
+        if cfg.get(key) and cfg[key] not in (1, "1"):
             _refuse(key, cfg[key], f"{what} is not supported yet. Set it to 1")
     if cfg.get("trainer_cls"):
         _refuse("trainer_cls", cfg["trainer_cls"], "psft brings its own. Remove it")

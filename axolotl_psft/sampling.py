@@ -48,6 +48,9 @@ class EpochMultipackBatchSampler(MultipackBatchSampler):
         if isinstance(stock.sampler, RandomSampler):
             sampler.sampler = EpochRandomSampler(len(stock.lengths), seed)
             sampler._batches = sampler._len_across_ranks = None
+            # Counted now, in epoch 0, and once: its order is not drawn anew.
+            sampler.num_count_samples = 1
+            len(sampler)
         return sampler
 
     def __iter__(self) -> Iterator[list[list[int]]]:

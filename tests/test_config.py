@@ -1,0 +1,318 @@
+"""Bad input: an error with key, value and remedy, through Axolotl's own validation."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from axolotl_psft import config as psft_config
+from axolotl_psft.config import PSFTConfig, check_combination, combination_warnings
+from tests.tiny import config, load
+
+NAN, INF = float("nan"), float("inf")
+PAPER = "Use 8 (the paper's setting); 1 is plain SFT."
+PPO = "Use 0.2 (PPO's usual setting)."
+HIGH = "Use 0.28 (the paper's setting), or leave it out to use epsilon."
+NONE = "Use 0 for none."
+OBJECTIVE = "Use psft; sft is the baseline with the same metrics."
+
+BAD_VALUES = [
+    # Out of range.
+    ("epsilon", 0, f"psft.epsilon must be > 0, got 0. {PPO}"),
+    ("epsilon", -0.2, f"psft.epsilon must be > 0, got -0.2. {PPO}"),
+    ("epsilon", -INF, f"psft.epsilon must be > 0, got -inf. {PPO}"),
+    ("epsilon_high", -0.1, f"psft.epsilon_high must be >= 0, got -0.1. {HIGH}"),
+    ("refresh_steps", 0, f"psft.refresh_steps must be >= 1, got 0. {PAPER}"),
+    ("refresh_steps", -8, f"psft.refresh_steps must be >= 1, got -8. {PAPER}"),
+    ("sft_warmup_steps", -1, f"psft.sft_warmup_steps must be >= 0, got -1. {NONE}"),
+    # Not a number, or not a whole one.
+    ("epsilon", NAN, f"psft.epsilon must be a number, got nan. {PPO}"),
+    ("epsilon", "nan", f"psft.epsilon must be a number, got 'nan'. {PPO}"),
+    ("epsilon", "wide", f"psft.epsilon must be a number, got 'wide'. {PPO}"),
+    ("epsilon", None, f"psft.epsilon must be a number, got None. {PPO}"),
+    ("epsilon", True, f"psft.epsilon must be a number, got True. {PPO}"),
+    ("epsilon", [0.2], f"psft.epsilon must be a number, got [0.2]. {PPO}"),
+    ("epsilon_high", NAN, f"psft.epsilon_high must be a number, got nan. {HIGH}"),
+    ("epsilon_high", "x", f"psft.epsilon_high must be a number, got 'x'. {HIGH}"),
+    ("epsilon_high", True, f"psft.epsilon_high must be a number, got True. {HIGH}"),
+    *(
+        (key, value, f"psft.{key} must be a whole number, got {value!r}. {remedy}")
+        for key, remedy in (("refresh_steps", PAPER), ("sft_warmup_steps", NONE))
+        for value in ("abc", "1.5", 1.5, True, False, None, NAN, INF, [1], {"a": 1})
+    ),
+    # Not a choice.
+    ("objective", "dpo", f"psft.objective must be psft or sft, got 'dpo'. {OBJECTIVE}"),
+    ("objective", None, f"psft.objective must be psft or sft, got None. {OBJECTIVE}"),
+    ("objective", [], f"psft.objective must be psft or sft, got []. {OBJECTIVE}"),
+]
+
+
+@pytest.fixture
+def warnings(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What the configuration warns of; nothing was warned of before."""
+    given: list[str] = []
+    monkeypatch.setattr(psft_config.LOG, "warning", given.append)
+    monkeypatch.setattr(psft_config, "_warned", set())
+    return given
+
+
+@pytest.fixture(autouse=True)
+def _quiet():
+    # load_cfg prints a configuration of 200 lines each time.
+    logging.disable(logging.INFO)
+    yield
+    logging.disable(logging.NOTSET)
+
+
+# ---- The block ----
+
+
+@pytest.mark.parametrize("key, value, message", BAD_VALUES)
+def test_bad_value(key: str, value: Any, message: str):
+    with pytest.raises(ValueError) as caught:
+        PSFTConfig(**{key: value})
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "key, value, message",
+    [
+        BAD_VALUES[0],
+        ("refresh_steps", "abc", f"psft.refresh_steps must be a whole number, {PAPER}"),
+        ("refresh_steps", 1.5, f"psft.refresh_steps must be a whole number, {PAPER}"),
+        ("refresh_steps", True, f"psft.refresh_steps must be a whole number, {PAPER}"),
+        ("epsilon", NAN, f"psft.epsilon must be a number, got nan. {PPO}"),
+        ("refresh_step", 4, "psft.refresh_step is not a setting, got 4. Did you mean"),
+    ],
+)
+def test_the_message_survives_axolotls_validation(
+    tiny: Path, tmp_path: Path, key: str, value: Any, message: str
+):
+    with pytest.raises(ValueError) as caught:
+        load(config(tiny, tmp_path, psft={key: value}))
+    # Pydantic puts the message, whole, on one line of its own.
+    (line,) = (line for line in str(caught.value).splitlines() if "psft." in line)
+    got = f"got {value!r}. "
+    expected = message if "got" in message else message.replace("Use 8", f"{got}Use 8")
+    assert line.strip().startswith(f"Value error, {expected}")
+
+
+@pytest.mark.parametrize("block", ["abc", [1], True, False, 0, ""])
+def test_not_a_block(tiny: Path, tmp_path: Path, block: Any):
+    with pytest.raises(ValueError, match="psft must be a block of settings") as caught:
+        load(config(tiny, tmp_path, psft=block))
+    assert f"got {block!r}. Write `psft: {{}}` to use the defaults" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "key, hint",
+    [
+        ("refresh_step", "Did you mean `refresh_steps`? "),
+        ("eps_high", "Did you mean `epsilon_high`? "),
+        ("warmup_steps", "Did you mean `sft_warmup_steps`? "),
+        ("zzz", ""),
+        (3, ""),
+    ],
+)
+def test_unknown_key(key: Any, hint: str):
+    with pytest.raises(ValueError) as caught:
+        PSFTConfig.model_validate({key: 4})
+    expected = (
+        f"psft.{key} is not a setting, got 4. {hint}Known settings: epsilon, "
+        "epsilon_high, refresh_steps, sft_warmup_steps, objective."
+    )
+    assert expected in str(caught.value)
+
+
+def test_defaults():
+    assert PSFTConfig().model_dump() == {
+        "epsilon": 0.2,
+        "epsilon_high": None,
+        "refresh_steps": 8,
+        "sft_warmup_steps": 0,
+        "objective": "psft",
+    }
+
+
+def test_values_at_the_edge_are_good():
+    settings = PSFTConfig(
+        epsilon=1e-9, epsilon_high=0, refresh_steps=1, sft_warmup_steps=0
+    )
+    assert settings.epsilon_high == 0 and settings.refresh_steps == 1
+    assert PSFTConfig(epsilon_high=None).epsilon_high is None
+
+
+def test_numbers_that_yaml_takes_for_text():
+    block = yaml.safe_load("{epsilon: 2e-1, epsilon_high: '0.3', refresh_steps: 1e1}")
+    assert block["epsilon"] == "2e-1" and block["refresh_steps"] == "1e1"
+    settings = PSFTConfig(**block, sft_warmup_steps=2.0)
+    assert settings.model_dump(exclude={"objective"}) == {
+        "epsilon": 0.2,
+        "epsilon_high": 0.3,
+        "refresh_steps": 10,
+        "sft_warmup_steps": 2,
+    }
+    assert isinstance(settings.refresh_steps, int)
+    assert isinstance(settings.sft_warmup_steps, int)
+
+
+def test_axolotl_keeps_the_block(tiny: Path, tmp_path: Path):
+    loaded = load(config(tiny, tmp_path, psft={"refresh_steps": "3"}))
+    assert PSFTConfig(**loaded.psft) == PSFTConfig(refresh_steps=3)
+    assert dict(loaded.psft)["objective"] == "psft"
+
+
+@pytest.mark.parametrize("block", [None, "null"])
+def test_without_a_block_the_key_is_absent(tiny: Path, tmp_path: Path, block: Any):
+    cfg = config(tiny, tmp_path, psft=None)
+    if block:
+        cfg["psft"] = None
+    # A combination that a block would refuse.
+    assert load({**cfg, "use_eaft": True}).psft is None
+
+
+# ---- The rest of the YAML ----
+
+LIGER = "axolotl.integrations.liger.LigerPlugin"
+REFUSED = {
+    "rl": "dpo",
+    "reward_model": True,
+    "process_reward_model": True,
+    "use_eaft": True,
+    "chunked_cross_entropy": True,
+    "cut_cross_entropy": True,
+    "liger_cross_entropy": True,
+    "liger_fused_linear_cross_entropy": True,
+    "liger_use_token_scaling": True,
+    "kd_trainer": True,
+    "orpo_alpha": 0.1,
+    "label_smoothing_factor": 0.1,
+    "diffusion": {"noise_schedule": "linear"},
+    "context_parallel_size": 2,
+    "sequence_parallel_degree": 2,
+    "expert_parallel_size": 2,
+    "tensor_parallel_size": 2,
+    "trainer_cls": "my.Trainer",
+    "processor_type": "AutoProcessor",
+    "relora": True,
+}
+REMEDIES = ("Remove", "Set it to 1", "Use ")
+
+
+@pytest.mark.parametrize("key", REFUSED)
+def test_refused_combination(tiny: Path, tmp_path: Path, key: str):
+    value = REFUSED[key]
+    cfg = config(tiny, tmp_path, **{key: value})
+    if key.startswith("liger"):
+        cfg["plugins"] = ["axolotl_psft", LIGER]
+    with pytest.raises(ValueError) as caught:
+        load(cfg)
+    message = str(caught.value)
+    start = f"Value error, {key}: {value} cannot be combined with a psft block: "
+    assert start in message
+    assert any(remedy in message.split(start)[1] for remedy in REMEDIES)
+
+
+def test_every_rule_has_a_test():
+    listed = {*psft_config._LOSS_OPTIONS, *psft_config._UNSUPPORTED}
+    assert listed <= REFUSED.keys()
+
+
+@pytest.mark.parametrize("key", REFUSED)
+def test_the_same_option_turned_off_is_fine(key: str):
+    for off in (None, False, 0, ""):
+        check_combination({"psft": {}, key: off})
+    if isinstance(REFUSED[key], int) and REFUSED[key] == 2:
+        for one in (1, "1"):
+            check_combination({"psft": {}, key: one})
+        with pytest.raises(ValueError, match=f"{key}: 4 cannot .* supported yet"):
+            check_combination({"psft": {}, key: "4"})
+
+
+def test_multimodal_is_refused_however_it_was_found():
+    with pytest.raises(ValueError, match="multimodal models are not supported yet"):
+        check_combination({"psft": {}, "is_multimodal": True})
+
+
+# ---- Settings without effect ----
+
+WARNED = [
+    (
+        {"psft": {"epsilon": 0.1, "epsilon_high": 0.28}},
+        ["psft.epsilon: 0.1 has no effect: psft.epsilon_high: 0.28 sets the upper"],
+    ),
+    (
+        {"psft": {"refresh_steps": 1}},
+        ["psft.refresh_steps: 1 is plain SFT: the ratio is always 1"],
+    ),
+    (
+        {"psft": {"objective": "sft", "refresh_steps": 1, "epsilon": 0.1}},
+        [
+            "psft.epsilon has no effect with psft.objective: sft",
+            "psft.refresh_steps has no effect with psft.objective: sft",
+        ],
+    ),
+    (
+        {"loss_watchdog_threshold": 5.0, "loss_watchdog_patience": 3},
+        ["loss_watchdog_threshold: 5.0 has no effect with psft"],
+    ),
+    (
+        {"adapter": "lora", "lora_r": 4, "lora_alpha": 8, "lora_dropout": 0.05}
+        | {"lora_target_linear": True},
+        ["lora_dropout: 0.05 adds noise to psft's ratio"],
+    ),
+    (
+        {"neftune_noise_alpha": 5.0},
+        ["neftune_noise_alpha: 5.0 adds noise to psft's ratio"],
+    ),
+]
+
+
+@pytest.mark.parametrize("overrides, expected", WARNED)
+def test_warned_once_a_process(
+    tiny: Path, tmp_path: Path, warnings: list[str], overrides, expected
+):
+    for _ in range(2):
+        load(config(tiny, tmp_path, **overrides))
+    assert len(warnings) == len(expected)
+    for given, start in zip(warnings, expected, strict=True):
+        assert given.startswith(start)
+
+
+def test_another_value_is_another_warning(warnings: list[str]):
+    for value in (0.1, 0.3, 0.1):
+        psft_config.PSFTArgs(psft={"epsilon": value, "epsilon_high": 0.2})
+    assert [text[:17] for text in warnings] == [
+        "psft.epsilon: 0.1",
+        "psft.epsilon: 0.3",
+    ]
+
+
+@pytest.mark.parametrize(
+    "psft",
+    [
+        {},
+        {"epsilon": 0.1},
+        {"epsilon_high": 0.28},
+        {"refresh_steps": 2},
+        {"objective": "sft"},
+        {"objective": "psft", "sft_warmup_steps": 3},
+    ],
+)
+def test_no_warning_for_nothing(tiny, tmp_path, warnings: list[str], psft):
+    load(config(tiny, tmp_path, psft=psft))
+    assert warnings == []
+
+
+def test_no_warning_without_a_block(warnings: list[str]):
+    psft_config.PSFTArgs.model_validate({"psft": None})
+    assert warnings == []
+
+
+@pytest.mark.parametrize("key", ["deepspeed", "fsdp", "fsdp_config"])
+def test_untested_engines_are_named(key: str):
+    (warning,) = combination_warnings({key: {"a": 1}})
+    assert warning.startswith(f"psft with {key} is not tested in this release")
+    assert combination_warnings({key: None, "lora_dropout": 0.0}) == []

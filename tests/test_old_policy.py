@@ -1,0 +1,356 @@
+"""The window: collecting it, and its file in a checkpoint, whole and damaged.
+
+What a resumed run does with it is in test_resume.py.
+"""
+
+import json
+import pickletools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors
+import torch
+
+from axolotl_psft.old_policy import (
+    Batch,
+    SavedWindow,
+    Step,
+    Window,
+    WindowFileError,
+    collect,
+    digest,
+    load_window,
+    save_window,
+    window_path,
+)
+
+SETTINGS = {"epsilon": None, "epsilon_high": 0.28, "refresh_steps": 4}
+RUN = {"global_step": 6, "rank": 1, "world_size": 2, "settings": SETTINGS}
+
+
+def batches(num: int, seed: int = 0) -> list[Batch]:
+    """Micro-batches as a data loader gives them, of different widths."""
+    generator = torch.Generator().manual_seed(seed)
+    made = []
+    for i in range(num):
+        input_ids = torch.randint(0, 99, (2, 5 + i), generator=generator)
+        made.append({"input_ids": input_ids, "labels": input_ids.clone()})
+    return made
+
+
+def scored(num_steps: int, num_batches: int) -> Window:
+    """A window in its middle: every step left carries old log-probs."""
+    steps = collect(iter(batches(num_steps * num_batches)), num_steps, num_batches)
+    for step in steps:
+        for batch in step.batches:
+            batch["old_logprobs"] = -batch["input_ids"].float() / 7
+    window = Window(start_step=5)
+    window.steps.extend(steps)
+    return window
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    """A checkpoint folder with the window of :func:`scored`, 2 steps of 2."""
+    save_window(tmp_path, scored(2, 2), **RUN)
+    return tmp_path
+
+
+def error_of(checkpoint: Path, **changes: Any) -> str:
+    """The message of the refusal; it names the file and says what to do."""
+    with pytest.raises(WindowFileError) as caught:
+        load_window(checkpoint, **{**RUN, **changes})
+    message = str(caught.value)
+    assert str(window_path(checkpoint, changes.get("rank", 1))) in message
+    assert "esume" in message or "Restore" in message
+    return message
+
+
+def attach_error(saved: SavedWindow, given: Iterator[Batch]) -> str:
+    with pytest.raises(WindowFileError) as caught:
+        saved.attach(given)
+    message = str(caught.value)
+    assert str(saved.path) in message
+    assert "Resume with the same datasets" in message
+    return message
+
+
+# ---- collect ----
+
+
+def shape(steps: list[Step]) -> list[list[int]]:
+    return [[batch["i"] for batch in step.batches] for step in steps]
+
+
+@pytest.mark.parametrize(
+    "available, expected",
+    [
+        (9, [[0, 1, 2], [3, 4, 5]]),
+        (6, [[0, 1, 2], [3, 4, 5]]),
+        (5, [[0, 1, 2], [3, 4]]),
+        (3, [[0, 1, 2]]),
+        (0, []),
+    ],
+)
+def test_collect_takes_steps_of_micro_batches(available, expected):
+    source = iter([{"i": i} for i in range(available)])
+    assert shape(collect(source, num_steps=2, num_batches=3)) == expected
+    # Not one more than it returns: what is left is the next window's.
+    taken = sum(map(len, expected))
+    assert [batch["i"] for batch in source] == list(range(taken, available))
+
+
+def test_collect_nothing():
+    source = iter([{"i": 0}])
+    assert collect(source, 0, 3) == []
+    assert next(source) == {"i": 0}
+
+
+# ---- The round trip ----
+
+
+def test_round_trip(saved: Path):
+    window = load_window(saved, **RUN).attach(iter(batches(4)))
+    original = scored(2, 2)
+    assert window.start_step == 5
+    assert [len(step.batches) for step in window.steps] == [2, 2]
+    for step, expected in zip(window.steps, original.steps, strict=True):
+        for batch, other in zip(step.batches, expected.batches, strict=True):
+            assert batch.keys() == other.keys()
+            assert batch["old_logprobs"].dtype == torch.float32
+            for name in batch:
+                assert torch.equal(batch[name], other[name])
+
+
+def test_attach_takes_no_more_than_its_micro_batches(saved: Path):
+    source = iter(batches(6))
+    load_window(saved, **RUN).attach(source)
+    assert len(list(source)) == 2
+
+
+def test_more_than_ten_micro_batches_keep_their_order(tmp_path: Path):
+    # As names, old_logprobs.10 comes before old_logprobs.2.
+    save_window(tmp_path, scored(12, 1), **RUN)
+    window = load_window(tmp_path, **RUN).attach(iter(batches(12)))
+    for step in window.steps:
+        (batch,) = step.batches
+        assert torch.equal(batch["old_logprobs"], -batch["input_ids"].float() / 7)
+
+
+def test_uneven_steps_at_the_end_of_an_epoch(tmp_path: Path):
+    window = scored(2, 2)
+    window.steps[-1].batches.pop()
+    save_window(tmp_path, window, **RUN)
+    again = load_window(tmp_path, **RUN).attach(iter(batches(4)))
+    assert [len(step.batches) for step in again.steps] == [2, 1]
+
+
+def test_at_the_end_of_a_window_nothing_is_left_and_ranks_may_change(tmp_path: Path):
+    save_window(tmp_path, Window(start_step=2), **RUN)
+    source = iter(batches(1))
+    window = load_window(tmp_path, **{**RUN, "world_size": 3}).attach(source)
+    assert not window.steps and window.start_step == 2
+    assert len(list(source)) == 1
+
+
+def test_views_and_tensors_that_share_memory_are_saved(tmp_path: Path):
+    window = scored(1, 2)
+    first, second = window.steps[0].batches
+    first["old_logprobs"] = torch.arange(20.0).view(5, 4).t()[:2]
+    second["old_logprobs"] = first["old_logprobs"]
+    save_window(tmp_path, window, **RUN)
+    loaded = load_window(tmp_path, **RUN)
+    for tensor in loaded.old_logprobs:
+        assert torch.equal(tensor, first["old_logprobs"])
+
+
+def test_saving_leaves_the_window_as_it_was(tmp_path: Path):
+    window, same = scored(2, 2), scored(2, 2)
+    save_window(tmp_path, window, **RUN)
+    for step, other in zip(window.steps, same.steps, strict=True):
+        for batch, expected in zip(step.batches, other.batches, strict=True):
+            assert batch.keys() == expected.keys()
+            assert torch.equal(batch["old_logprobs"], expected["old_logprobs"])
+
+
+def test_the_file_is_plain_safetensors(saved: Path):
+    (path,) = saved.iterdir()
+    assert path.name == "psft_window_rank1.safetensors"
+    content = path.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    names = set(json.loads(content[8 : 8 + length])) - {"__metadata__"}
+    assert names == {f"old_logprobs.{i}" for i in range(4)}
+    with pytest.raises(Exception, match="opcode"):
+        list(pickletools.genops(content))
+    # Token ids are data: the file must not carry them.
+    with safetensors.safe_open(path, framework="pt") as file:
+        assert file.get_tensor("old_logprobs.0").dtype == torch.float32
+
+
+def test_a_crash_while_saving_leaves_the_file_before_intact(saved: Path, monkeypatch):
+    before = window_path(saved, 1).read_bytes()
+
+    def crash(tensors: Any, path: Path, **_: Any) -> None:
+        Path(path).write_bytes(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr("axolotl_psft.old_policy.save_file", crash)
+    with pytest.raises(OSError, match="disk full"):
+        save_window(saved, scored(1, 1), **RUN)
+    assert window_path(saved, 1).read_bytes() == before
+
+
+def test_saving_again_replaces_the_file(saved: Path):
+    save_window(saved, scored(1, 1), **{**RUN, "global_step": 7})
+    loaded = load_window(saved, **{**RUN, "global_step": 7})
+    assert loaded.batches_per_step == [1]
+    assert [path.name for path in saved.iterdir()] == ["psft_window_rank1.safetensors"]
+
+
+# ---- Files that must not be used ----
+
+
+def test_missing(tmp_path: Path):
+    assert "not found" in error_of(tmp_path)
+
+
+def test_truncated_at_any_length(saved: Path):
+    path = window_path(saved, 1)
+    whole = path.read_bytes()
+    lengths = {0, 1, 7, 8, 9, len(whole) - 1, *range(0, len(whole), 97)}
+    for length in sorted(lengths):
+        path.write_bytes(whole[:length])
+        assert "truncated, damaged" in error_of(saved), length
+
+
+def test_longer_than_it_was(saved: Path):
+    path = window_path(saved, 1)
+    path.write_bytes(path.read_bytes() + b"\0")
+    assert "truncated, damaged" in error_of(saved)
+
+
+def test_any_flipped_bit(saved: Path):
+    # Header and data alike: a header's bit could be another step or setting.
+    path = window_path(saved, 1)
+    whole = path.read_bytes()
+    for position in range(0, len(whole), 3):
+        flipped = bytearray(whole)
+        flipped[position] ^= 1 << (position % 8)
+        path.write_bytes(flipped)
+        try:
+            loaded = load_window(saved, **RUN)
+        except WindowFileError as error:
+            assert str(path) in str(error)
+        else:
+            # safetensors pads its header with spaces, which mean nothing.
+            assert whole[position] == 32, position
+            assert loaded.start_step == 5
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"\x80\x04N.", b"PK\x03\x04" + b"\0" * 60, b"{}", b"\0" * 4096, b"\xff" * 64],
+    ids=["empty", "pickle", "zip", "json", "zeros", "ones"],
+)
+def test_foreign_bytes(tmp_path: Path, content: bytes):
+    window_path(tmp_path, 1).write_bytes(content)
+    assert "not a psft window file" in error_of(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        None,
+        {"format": "pt"},
+        {"format": "axolotl_psft.window/1"},
+        {"format": "axolotl_psft.window/1", "header": "[]", "sha256": "0"},
+        {"format": "axolotl_psft.window/1", "header": "{", "sha256": "0"},
+    ],
+)
+def test_foreign_safetensors(tmp_path: Path, metadata: dict[str, str] | None):
+    safetensors.torch.save_file(
+        {"model.weight": torch.ones(2)}, window_path(tmp_path, 1), metadata=metadata
+    )
+    assert "not a psft window file" in error_of(tmp_path)
+
+
+def test_a_folder_of_that_name(tmp_path: Path):
+    window_path(tmp_path, 1).mkdir()
+    assert "not found" in error_of(tmp_path)
+
+
+def test_another_step(saved: Path):
+    message = error_of(saved, global_step=7)
+    assert "belongs to step 6, rank 1; this is step 7, rank 1" in message
+
+
+def test_another_rank(saved: Path):
+    window_path(saved, 1).rename(window_path(saved, 0))
+    message = error_of(saved, rank=0)
+    assert "belongs to step 6, rank 1; this is step 6, rank 0" in message
+
+
+def test_another_world_size_mid_window(saved: Path):
+    message = error_of(saved, world_size=4)
+    assert "by 2 processes, this run has 4. Resume with 2" in message
+
+
+@pytest.mark.parametrize(
+    "key, value, was, now",
+    [
+        ("refresh_steps", 8, "4", "8"),
+        ("epsilon_high", None, "0.28", "None"),
+        ("new_key", 1, "None", "1"),
+    ],
+)
+def test_other_settings(saved: Path, key: str, value: Any, was: str, now: str):
+    message = error_of(saved, settings={**SETTINGS, key: value})
+    assert f"psft.{key} was {was} when the checkpoint was written and is {now}" in (
+        message
+    )
+
+
+def test_a_setting_that_is_gone(saved: Path):
+    settings = {key: SETTINGS[key] for key in ("epsilon", "epsilon_high")}
+    message = error_of(saved, settings=settings)
+    assert "psft.refresh_steps was 4" in message
+
+
+@pytest.mark.parametrize("name", ["input_ids", "labels"])
+@pytest.mark.parametrize("which", [0, 3])
+def test_other_data(saved: Path, name: str, which: int):
+    given = batches(4)
+    given[which][name][1, 2] += 1
+    message = attach_error(load_window(saved, **RUN), iter(given))
+    assert "other tokens" in message
+
+
+def test_other_order(saved: Path):
+    given = batches(4)
+    attach_error(load_window(saved, **RUN), iter([given[1], given[0], *given[2:]]))
+
+
+@pytest.mark.parametrize("available", [0, 1, 2, 3])
+def test_less_data(saved: Path, available: int):
+    given = iter(batches(4)[:available])
+    assert "ends earlier" in attach_error(load_window(saved, **RUN), given)
+
+
+def test_digest_tells_shapes_and_names_apart():
+    tokens = torch.arange(6)
+    one = {"input_ids": tokens.view(2, 3), "labels": tokens.view(2, 3)}
+    other = {"input_ids": tokens.view(3, 2), "labels": tokens.view(3, 2)}
+    assert digest(one) != digest(other)
+    a, b = tokens, tokens + 1
+    assert digest({"input_ids": a, "labels": b}) != digest(
+        {"input_ids": b, "labels": a}
+    )
+    # The same bytes.
+    zeros = torch.zeros(6, dtype=torch.int32)
+    assert digest({"input_ids": zeros, "labels": a}) != digest(
+        {"input_ids": zeros.float(), "labels": a}
+    )
+    # Log-probs that were attached later do not change whose they are.
+    assert digest({**one, "old_logprobs": torch.ones(2, 3)}) == digest(one)
