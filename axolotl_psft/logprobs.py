@@ -150,33 +150,29 @@ class _LinearLogprobs(torch.autograd.Function):
         h, local = _take(hidden, rows), targets[rows] - head.start
         sums = {"dtype": head.accumulate, "device": h.device}
         d_h = torch.zeros(h.shape if need_hidden else 0, **sums)
-        d_weight = torch.empty_like(weight) if need_weight else None
-        d_bias = torch.empty_like(bias) if need_bias else None
+        d_weight = torch.zeros_like(weight) if need_weight else None
+        d_bias = torch.zeros_like(bias) if need_bias else None
 
         with torch.autocast(h.device.type, enabled=False):
             for v in _tiles(head.num_ids, head.tile[1]):
                 w, b = _tile_of_weight(weight, bias, v, head)
-                d_w = torch.zeros(w.shape if need_weight else 0, **sums)
-                d_b = torch.zeros(len(w) if need_bias else 0, **sums)
+                # Views where the dtype is the sums' own, float32 tiles where it is not.
+                d_w = None if d_weight is None else d_weight[v].to(head.accumulate)
+                d_b = None if d_bias is None else d_bias[v].to(head.accumulate)
                 for r in _tiles(len(rows), head.tile[0]):
                     h_r = h[r].to(head.dtype)
                     x = _logits(h_r, w, b, head)
                     x = _gradient(x, local[r] - v.start, lse[r], g[r], head.softcap)
-                    if need_bias:
+                    if d_b is not None:
                         d_b += x.sum(0)
                     x = x.to(head.dtype)
                     if need_hidden:
                         _add_matmul(d_h[r], x, w)
-                    if need_weight:
+                    if d_w is not None:
                         _add_matmul(d_w, x.t(), h_r)
-                if d_weight is not None:
-                    d_weight[v] = d_w
-                if d_bias is not None:
-                    d_bias[v] = d_b
-        if d_weight is not None:
-            d_weight[head.num_ids :] = 0
-        if d_bias is not None:
-            d_bias[head.num_ids :] = 0
+                for total, part in ((d_weight, d_w), (d_bias, d_b)):
+                    if total is not None and part is not None:
+                        total[v] = part
         if not need_hidden:
             return None, d_weight, d_bias, None, None, None
         if head.group is not None:

@@ -73,7 +73,7 @@ class Watch(TorchDispatchMode):
     ) -> Any:
         out = func(*args, **(kwargs or {}))
         namespace, _, name = func._schema.name.partition("::")
-        if namespace == "c10d":
+        if namespace in ("c10d", "_c10d_functional") and name != "wait_tensor":
             self.collectives.append(name)
         if name in ("mm", "addmm", "addmm_", "bmm"):
             a, b = (args[-2], args[-1]) if name.endswith("bmm") else args[-2:]

@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import time
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from tests.distributed.launch import run_distributed
 
 
 @pytest.fixture(autouse=True)
-def no_process_left() -> None:
+def no_process_left() -> Iterator[None]:
     yield
     assert multiprocessing.active_children() == []
 
@@ -38,11 +39,10 @@ def test_results_in_rank_order() -> None:
 
 
 def test_failing_rank_is_named_with_its_traceback() -> None:
-    with pytest.raises(
-        RuntimeError, match=r"rank 1 of 2:\n(.|\n)*in rank_1_fails"
-    ) as e:
+    with pytest.raises(RuntimeError, match="rank 1 of 2:\nTraceback") as error:
         run_distributed(rank_1_fails, 2, "exception")
-    assert "KeyError: 'the reason'" in str(e.value)
+    assert "in rank_1_fails" in str(error.value)
+    assert "KeyError: 'the reason'" in str(error.value)
 
 
 def test_rank_that_exits() -> None:
@@ -54,5 +54,5 @@ def test_rank_that_hangs() -> None:
     # The other rank's barrier is given up after half of the time, with its traceback.
     start = time.monotonic()
     with pytest.raises((RuntimeError, TimeoutError), match="rank"):
-        run_distributed(rank_1_fails, 2, "hang", timeout=16.0)
+        run_distributed(rank_1_fails, 2, "hang", timeout=12.0)
     assert time.monotonic() - start < 20
