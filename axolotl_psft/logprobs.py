@@ -27,7 +27,8 @@ from torch.autograd.function import once_differentiable
 class _Head:
     """What forward and backward share beside tensors."""
 
-    start: int  # first vocabulary id of this rank's shard
+    start: int  # this rank holds the vocabulary ids start, start + 1, ...
+    num_ids: int  # so many of them; rows of the weight beyond are padding
     dtype: torch.dtype  # of the operands of a matmul
     accumulate: torch.dtype  # of logits, statistics and gradient sums
     tile: tuple[int, int]  # rows, vocabulary
@@ -48,6 +49,7 @@ def linear_logprobs(
     bias: Tensor | None = None,
     tp_group: dist.ProcessGroup | None = None,
     ignore_index: int = -100,
+    vocab_size: int | None = None,
     softcap: float | None = None,
     logits_scale: float = 1.0,
     with_entropy: bool = True,
@@ -74,10 +76,12 @@ def linear_logprobs(
         bias: [V/tp], added to the logits.
         tp_group: process group of the vocabulary's shards; None: the whole vocabulary.
         ignore_index: rows with this target give 0 for both results.
+        vocab_size: ids from here on are padding, added so that the vocabulary divides
+            by tp; they take no part. None: there is no padding.
         softcap: logits become softcap * tanh(logits / softcap), as in Gemma.
         logits_scale: factor on the logits, before the cap (Granite, Cohere).
         with_entropy: False returns zeros for the entropies.
-        tile_shape: rows and vocabulary of one tile of logits. None: 1024 x 4096; on a
+        tile_shape: rows and vocabulary of one tile of logits. None: 512 x 2048; on a
             GPU all active rows x 4096.
 
     Returns:
@@ -97,13 +101,15 @@ def linear_logprobs(
             f"bias must be [V/tp] = {list(weight.shape[:1])}, got {list(bias.shape)}."
         )
     dtype = _matmul_dtype(hidden, weight)
-    rows, start = _active_rows(targets, hidden, len(weight), tp_group, ignore_index)
+    start, num_ids, num_all = _shard(len(weight), tp_group, vocab_size)
+    rows = _active_rows(targets, hidden, num_all, ignore_index)
     if tile_shape is None:
         # A GPU fills itself with many rows and then reads the weight once; a CPU wants
         # the tile to stay in its last cache.
-        tile_shape = (max(len(rows), 1) if hidden.is_cuda else 1024, 4096)
+        tile_shape = (max(len(rows), 1), 4096) if hidden.is_cuda else (512, 2048)
     head = _Head(
         start,
+        num_ids,
         dtype,
         torch.float64 if dtype == torch.float64 else torch.float32,
         tile_shape,
@@ -121,7 +127,7 @@ class _LinearLogprobs(torch.autograd.Function):
         h, local = _take(hidden, rows), targets[rows] - head.start
         stats = _empty_statistics(h, len(rows), head)
         with torch.autocast(h.device.type, enabled=False):
-            for v in _tiles(len(weight), head.tile[1]):
+            for v in _tiles(head.num_ids, head.tile[1]):
                 w, b = _tile_of_weight(weight, bias, v, head)
                 for r in _tiles(len(rows), head.tile[0]):
                     x = _logits(h[r], w, b, head)
@@ -144,29 +150,29 @@ class _LinearLogprobs(torch.autograd.Function):
         h, local = _take(hidden, rows), targets[rows] - head.start
         sums = {"dtype": head.accumulate, "device": h.device}
         d_h = torch.zeros(h.shape if need_hidden else 0, **sums)
-        d_weight = torch.empty_like(weight) if need_weight else None
-        d_bias = torch.empty_like(bias) if need_bias else None
+        d_weight = torch.zeros_like(weight) if need_weight else None
+        d_bias = torch.zeros_like(bias) if need_bias else None
 
         with torch.autocast(h.device.type, enabled=False):
-            for v in _tiles(len(weight), head.tile[1]):
+            for v in _tiles(head.num_ids, head.tile[1]):
                 w, b = _tile_of_weight(weight, bias, v, head)
-                d_w = torch.zeros(w.shape if need_weight else 0, **sums)
-                d_b = torch.zeros(len(w) if need_bias else 0, **sums)
+                # Views where the dtype is the sums' own, float32 tiles where it is not.
+                d_w = None if d_weight is None else d_weight[v].to(head.accumulate)
+                d_b = None if d_bias is None else d_bias[v].to(head.accumulate)
                 for r in _tiles(len(rows), head.tile[0]):
                     h_r = h[r].to(head.dtype)
                     x = _logits(h_r, w, b, head)
                     x = _gradient(x, local[r] - v.start, lse[r], g[r], head.softcap)
-                    if need_bias:
+                    if d_b is not None:
                         d_b += x.sum(0)
                     x = x.to(head.dtype)
                     if need_hidden:
                         _add_matmul(d_h[r], x, w)
-                    if need_weight:
+                    if d_w is not None:
                         _add_matmul(d_w, x.t(), h_r)
-                if d_weight is not None:
-                    d_weight[v] = d_w
-                if d_bias is not None:
-                    d_bias[v] = d_b
+                for total, part in ((d_weight, d_w), (d_bias, d_b)):
+                    if total is not None and part is not None:
+                        total[v] = part
         if not need_hidden:
             return None, d_weight, d_bias, None, None, None
         if head.group is not None:
@@ -182,6 +188,7 @@ def vocab_parallel_logprobs(
     *,
     tp_group: dist.ProcessGroup | None = None,
     ignore_index: int = -100,
+    vocab_size: int | None = None,
     with_entropy: bool = True,
     inplace_backward: bool = False,
 ) -> tuple[Tensor, Tensor]:
@@ -198,6 +205,8 @@ def vocab_parallel_logprobs(
         targets: [T], integer, global vocabulary ids or `ignore_index`.
         tp_group: process group of the vocabulary's shards; None: the whole vocabulary.
         ignore_index: rows with this target give 0 for both results.
+        vocab_size: ids from here on are padding, added so that the vocabulary divides
+            by tp; they take no part. None: there is no padding.
         with_entropy: False returns zeros for the entropies.
         inplace_backward: backward overwrites the logits with their gradient. For
             callers that drop the logits; autograd raises an error where another
@@ -217,11 +226,12 @@ def vocab_parallel_logprobs(
     # active rows the results agree, which a test checks.
     if logits.dim() != 2:
         raise ValueError(f"logits must be [T, V/tp], got {list(logits.shape)}.")
-    rows, start = _active_rows(targets, logits, logits.shape[1], tp_group, ignore_index)
+    start, num_ids, num_all = _shard(logits.shape[1], tp_group, vocab_size)
+    rows = _active_rows(targets, logits, num_all, ignore_index)
     exact = torch.float64 if logits.dtype == torch.float64 else torch.float32
     # Rows enough to amortize a call, few enough to stay in a CPU's last cache.
     num_rows = 4096 if logits.is_cuda else max(1, (1 << 21) // logits.shape[1])
-    head = _Head(start, exact, exact, (num_rows, logits.shape[1]), tp_group)
+    head = _Head(start, num_ids, exact, exact, (num_rows, num_ids), tp_group)
     head = replace(head, with_entropy=with_entropy)
     return _VocabParallelLogprobs.apply(logits, targets, rows, head, inplace_backward)
 
@@ -231,8 +241,8 @@ class _VocabParallelLogprobs(torch.autograd.Function):
     def forward(ctx, logits, targets, rows, head, inplace):
         local = targets[rows] - head.start
         stats = _empty_statistics(logits, len(rows), head)
-        for r in _tiles(len(rows), head.tile[0]):
-            x = logits[rows[r]].to(head.dtype)
+        for r in _tiles(len(rows) if head.num_ids else 0, head.tile[0]):
+            x = logits[rows[r], : head.num_ids].to(head.dtype)
             stats[:, r] = _statistics(x, local[r], head.with_entropy)
         logprobs, entropy, lse = _finish(stats, rows, len(logits), head)
         ctx.save_for_backward(logits, targets, rows, lse)
@@ -245,13 +255,14 @@ class _VocabParallelLogprobs(torch.autograd.Function):
     def backward(ctx, grad, _):
         logits, targets, rows, lse = ctx.saved_tensors
         rows, g, lse = _moving_rows(rows, grad, lse)
-        local = targets[rows] - ctx.head.start
+        local, n = targets[rows] - ctx.head.start, ctx.head.num_ids
         d_logits = logits.detach() if ctx.inplace else torch.empty_like(logits)
         still = torch.ones(len(logits), dtype=torch.bool, device=logits.device)
-        for r in _tiles(len(rows), ctx.head.tile[0]):
-            x = logits[rows[r]].to(ctx.head.dtype)
+        for r in _tiles(len(rows) if n else 0, ctx.head.tile[0]):
+            x = logits[rows[r], :n].to(ctx.head.dtype)
             x = _gradient(x, local[r], lse[r], g[r])
-            d_logits[rows[r]] = x.to(logits.dtype)
+            d_logits[rows[r], :n] = x.to(logits.dtype)
+        d_logits[:, n:] = 0
         d_logits.masked_fill_(still.index_fill_(0, rows, False)[:, None], 0)
         return d_logits, None, None, None, None
 
@@ -263,12 +274,14 @@ def _statistics(x: Tensor, local: Tensor, with_entropy: bool) -> Tensor:
     and x_target is 0.
     """
     hit, column = _column(local, x)
-    target = x.gather(1, column).squeeze(1) * hit
+    target = x.gather(1, column).squeeze(1).where(hit, 0)
     maximum = x.amax(1).clamp_(min=torch.finfo(x.dtype).min)  # -inf - -inf is nan
     x -= maximum[:, None]
-    e = x.exp() if with_entropy else x.exp_()
-    weighted = torch.linalg.vecdot(e, x) if with_entropy else torch.zeros_like(maximum)
-    return torch.stack((maximum, e.sum(1), weighted, target))
+    if not with_entropy:
+        return torch.stack((maximum, x.exp_().sum(1), torch.zeros_like(target), target))
+    e = x.exp()
+    # nansum: 0 * -inf, the part of a logit masked with -inf, is 0.
+    return torch.stack((maximum, e.sum(1), x.mul_(e).nansum(1), target))
 
 
 def _merge(stats: Tensor) -> Tensor:
@@ -317,33 +330,41 @@ def _finish(
     return logprobs, entropy, lse
 
 
+def _shard(
+    length: int, group: dist.ProcessGroup | None, vocab_size: int | None
+) -> tuple[int, int, int]:
+    """This rank's first id, how many ids it holds, and how many all ranks hold."""
+    rank, size = (0, 1) if group is None else (group.rank(), group.size())
+    num_all = length * size if vocab_size is None else vocab_size
+    if not 0 < num_all <= length * size:
+        raise ValueError(
+            f"vocab_size must be from 1 to {length * size} (all shards), got {num_all}."
+        )
+    start = rank * length
+    return start, min(max(num_all - start, 0), length), num_all
+
+
 def _active_rows(
-    targets: Tensor,
-    scores: Tensor,
-    shard: int,
-    group: dist.ProcessGroup | None,
-    ignore_index: int,
-) -> tuple[Tensor, int]:
-    """Rows that are not ignored, and the first id of this rank's shard."""
+    targets: Tensor, scores: Tensor, num_all: int, ignore_index: int
+) -> Tensor:
+    """Indices of the rows that are not ignored; refuses ids outside [0, num_all)."""
     if targets.shape != scores.shape[:1] or targets.is_floating_point():
         raise ValueError(
             f"targets must be integers of shape [T] = {list(scores.shape[:1])}, got "
             f"{targets.dtype} {list(targets.shape)}."
         )
-    rank, size = (0, 1) if group is None else (group.rank(), group.size())
     active = targets != ignore_index
-    outside = active & ((targets < 0) | (targets >= shard * size))
+    outside = active & ((targets < 0) | (targets >= num_all))
     # The one device sync of forward: how many rows are active, and is any id bad.
     num_active, num_outside = torch.stack((active.sum(), outside.sum())).tolist()
     if num_outside:
         row = int(outside.nonzero()[0])
         raise ValueError(
             f"targets[{row}] is {int(targets[row])}, outside the vocabulary "
-            f"[0, {shard * size}). Use ids of the model's own tokenizer, or "
-            f"{ignore_index} for a row without a target."
+            f"[0, {num_all}). Use ids of the model's own tokenizer, or {ignore_index} "
+            "for a row without a target."
         )
-    rows = torch.nonzero_static(active, size=num_active).squeeze(1)
-    return rows, rank * shard
+    return torch.nonzero_static(active, size=num_active).squeeze(1)
 
 
 def _moving_rows(
