@@ -8,7 +8,6 @@ import argparse
 import hashlib
 import json
 import random
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -104,8 +103,8 @@ def train_base(
         optimizer.zero_grad()
         if step % 50 == 0 or step == num_steps:
             seconds = time.perf_counter() - start
-            print(f"  step {step}/{num_steps}  loss {loss.item():.4f}  {seconds:.0f} s")
-            sys.stdout.flush()
+            progress = f"  step {step}/{num_steps}  loss {loss.item():.4f}"
+            print(f"{progress}  {seconds:.0f} s", flush=True)
     return model
 
 
@@ -139,6 +138,9 @@ def prepare(output_dir: Path, seed: int) -> None:
     print(f"  {train[0].instruction} {train[0].output}")
 
     print(f"Training the base model on {len(BASE_SKILLS)} skills, about a minute:")
+    # One thread: the same sums, so the same model, whatever the number of cores; and on
+    # a busy machine two threads wait for each other far longer than they save.
+    torch.set_num_threads(1)
     tokenizer = make_tokenizer()
     model = train_base(seed, tokenizer)
     scores = score_model(model, tokenizer)
