@@ -8,12 +8,14 @@ import argparse
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from statistics import mean
 
 import torch
 from skill_data import (
     BASE_SKILLS,
+    EOS,
     MAX_LETTERS,
     NEW_SKILL,
     OPERATIONS,
@@ -23,6 +25,7 @@ from skill_data import (
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    DynamicCache,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -71,20 +74,19 @@ def generate(
     answers: list[list[str]] = [[] for _ in samples]
     for length, group in by_length.items():
         ids = torch.tensor([prompt for _, prompt in group])
+        step_input, cache = ids, DynamicCache(config=model.config)
         for _ in range(MAX_NEW_TOKENS):
-            logits = model(input_ids=ids, logits_to_keep=1).logits[:, -1].float()
+            output = model(step_input, past_key_values=cache, logits_to_keep=1)
+            logits = output.logits[:, -1].float()
             if generator is None:
-                token = logits.argmax(-1, keepdim=True)
+                step_input = logits.argmax(-1, keepdim=True)
             else:
-                token = torch.multinomial(logits.softmax(-1), 1, generator=generator)
-            ids = torch.cat([ids, token], dim=1)
+                probs = logits.softmax(-1)
+                step_input = torch.multinomial(probs, 1, generator=generator)
+            ids = torch.cat([ids, step_input], dim=1)
         for (i, _), row in zip(group, ids[:, length:].tolist(), strict=True):
-            end = (
-                row.index(tokenizer.eos_token_id)
-                if tokenizer.eos_token_id in row
-                else None
-            )
-            answers[i] = tokenizer.convert_ids_to_tokens(row[:end])
+            words = tokenizer.convert_ids_to_tokens(row)
+            answers[i] = list(takewhile(lambda word: word != EOS, words))
     return answers
 
 
@@ -162,6 +164,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("model_dir", type=Path, nargs="+")
     args = parser.parse_args()
+    torch.set_num_threads(1)  # models this small gain nothing from more
     scores = {}
     for path in args.model_dir:
         if not (path / "config.json").exists():
