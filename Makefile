@@ -1,0 +1,58 @@
+# What a user and a contributor run. Everything is installed into .venv, once.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BIN := .venv/bin
+STAMP := .venv/installed
+OUT := outputs/quickstart
+
+# On a machine with a GPU, `make GPU=1 quickstart` uses it; here two CPU cores do.
+ifndef GPU
+export ACCELERATE_USE_CPU := true
+LAUNCH := launch --cpu --num_processes 1
+else
+LAUNCH := launch --num_processes 1
+endif
+export AXOLOTL_DO_NOT_TRACK := 1
+export HF_HUB_OFFLINE := 1
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: help install quickstart test lint clean
+
+help:
+	@echo "make quickstart  install, make a small model, train it with PSFT and with SFT"
+	@echo "make test        install, lint, type-check and test (about 15 minutes)"
+	@echo "make lint        ruff and mypy only"
+	@echo "make clean       remove outputs/ and .venv/"
+
+install: $(STAMP)
+
+# torch is pinned in the same call as what needs it: alone, a range takes a CUDA build.
+$(STAMP): requirements.txt setup.cfg pyproject.toml
+	test -d .venv || $(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet -r requirements.txt
+	$(BIN)/pip install --quiet --no-deps --editable .
+	touch $@
+
+quickstart: $(STAMP)
+	$(BIN)/python examples/quickstart/prepare.py --output-dir $(OUT)
+	$(BIN)/accelerate $(LAUNCH) -m axolotl.cli.train examples/yaml/quickstart.yaml
+	$(BIN)/accelerate $(LAUNCH) -m axolotl.cli.train examples/yaml/quickstart.yaml \
+		--psft__objective=sft --output_dir=$(OUT)/sft
+	$(BIN)/python -m axolotl_psft.compare $(OUT)/psft $(OUT)/sft \
+		--output $(OUT)/comparison.png
+	$(BIN)/python examples/quickstart/skills.py $(OUT)/base $(OUT)/sft $(OUT)/psft
+	@echo
+	@echo "The trained model:   $(OUT)/psft"
+	@echo "Both runs, drawn:    $(OUT)/comparison.png"
+	@echo "Every metric:        $(BIN)/tensorboard --logdir $(OUT)"
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: $(STAMP) lint
+	$(BIN)/python -m pytest
+
+clean:
+	rm -rf outputs .venv
