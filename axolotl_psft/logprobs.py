@@ -126,9 +126,10 @@ class _LinearLogprobs(torch.autograd.Function):
     def forward(ctx, hidden, weight, bias, targets, rows, head):
         h, local = _take(hidden, rows), targets[rows] - head.start
         stats = _empty_statistics(h, len(rows), head)
+        scratch = _scratch(weight, head.dtype, head)
         with torch.autocast(h.device.type, enabled=False):
             for v in _tiles(head.num_ids, head.tile[1]):
-                w, b = _tile_of_weight(weight, bias, v, head)
+                w, b = _cast(weight[v], scratch), _bias(bias, v, head)
                 for r in _tiles(len(rows), head.tile[0]):
                     x = _logits(h[r], w, b, head)
                     tile = _statistics(x, local[r] - v.start, head.with_entropy)
@@ -152,13 +153,14 @@ class _LinearLogprobs(torch.autograd.Function):
         d_h = torch.zeros(h.shape if need_hidden else 0, **sums)
         d_weight = torch.zeros_like(weight) if need_weight else None
         d_bias = torch.zeros_like(bias) if need_bias else None
+        scratch = _scratch(weight, head.dtype, head)
+        scratch_sum = _scratch(weight, head.accumulate, head) if need_weight else None
 
         with torch.autocast(h.device.type, enabled=False):
             for v in _tiles(head.num_ids, head.tile[1]):
-                w, b = _tile_of_weight(weight, bias, v, head)
-                # Views where the dtype is the sums' own, float32 tiles where it is not.
-                d_w = None if d_weight is None else d_weight[v].to(head.accumulate)
-                d_b = None if d_bias is None else d_bias[v].to(head.accumulate)
+                w, b = _cast(weight[v], scratch), _bias(bias, v, head)
+                d_w = None if d_weight is None else _cast(d_weight[v], scratch_sum)
+                d_b = _bias(d_bias, v, head)
                 for r in _tiles(len(rows), head.tile[0]):
                     h_r = h[r].to(head.dtype)
                     x = _logits(h_r, w, b, head)
@@ -170,6 +172,7 @@ class _LinearLogprobs(torch.autograd.Function):
                         _add_matmul(d_h[r], x, w)
                     if d_w is not None:
                         _add_matmul(d_w, x.t(), h_r)
+                    del x  # before the next tile's is made
                 for total, part in ((d_weight, d_w), (d_bias, d_b)):
                     if total is not None and part is not None:
                         total[v] = part
@@ -419,12 +422,24 @@ def _add_matmul(total: Tensor, a: Tensor, b: Tensor) -> None:
         total += _matmul(a, b, total.dtype)
 
 
-def _tile_of_weight(
-    weight: Tensor, bias: Tensor | None, v: slice, head: _Head
-) -> tuple[Tensor, Tensor | None]:
-    """Cast here, tile by tile: the weight never exists twice."""
-    b = None if bias is None else bias[v].to(head.accumulate)
-    return weight[v].to(head.dtype), b
+def _scratch(weight: Tensor, dtype: torch.dtype, head: _Head) -> Tensor | None:
+    """Room to cast one tile of the weight: the whole never exists twice.
+
+    Taken once a call, for a heap fragments when tiles of this size come and go. None
+    where there is nothing to cast.
+    """
+    if weight.dtype == dtype:
+        return None
+    size = min(head.tile[1], head.num_ids), weight.shape[1]
+    return torch.empty(size, dtype=dtype, device=weight.device)
+
+
+def _cast(tile: Tensor, scratch: Tensor | None) -> Tensor:
+    return tile if scratch is None else scratch[: len(tile)].copy_(tile)
+
+
+def _bias(bias: Tensor | None, v: slice, head: _Head) -> Tensor | None:
+    return None if bias is None else bias[v].to(head.accumulate)
 
 
 def _take(hidden: Tensor, rows: Tensor) -> Tensor:
