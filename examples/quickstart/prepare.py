@@ -161,8 +161,18 @@ def prepare(output_dir: Path, seed: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--output-dir", type=Path, default=Path("outputs/quickstart"))
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--output-dir",
+        type=Path,
+        default=Path("outputs/quickstart"),
+        help="where base/, train.jsonl and test.jsonl go (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        help="of the weights and of every sample (default: %(default)s)",
+    )
     args = parser.parse_args()
     prepare(args.output_dir, args.seed)
 
