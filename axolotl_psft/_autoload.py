@@ -3,7 +3,7 @@
 torch runs :func:`activate` at import, in every rank (entry-point group
 `torch.backends`; TORCH_DEVICE_BACKEND_AUTOLOAD=0 turns it off). It imports nothing but
 the standard library, never raises, and changes two functions of Axolotl once their
-modules are imported. Twins of both changes, for upstream, are in patches/.
+modules are imported.
 """
 
 import functools

@@ -218,6 +218,14 @@ def check_combination(cfg: Mapping[str, Any]) -> None:
             cfg.get("processor_type"),
             "multimodal models are not supported yet. Remove the psft block",
         )
+    for key in ("streaming", "pretraining_dataset"):
+        if cfg.get(key):
+            _refuse(
+                key,
+                cfg[key],
+                "a stream cannot be resumed at the same sample, and is not supported "
+                "yet. Use `datasets:` (for raw text, `type: completion`)",
+            )
     if cfg.get("relora"):
         _refuse(
             "relora",

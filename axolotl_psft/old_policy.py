@@ -185,8 +185,9 @@ def load_window(
 
 
 def digest(batch: Batch) -> str:
-    """SHA-256 over a micro-batch's tokens and labels."""
-    return _digest_tensors({name: batch[name] for name in ("input_ids", "labels")})
+    """SHA-256 over a micro-batch's tokens, labels and segment boundaries."""
+    names = ("input_ids", "labels", "position_ids")
+    return _digest_tensors({name: batch[name] for name in names if name in batch})
 
 
 def _digest_tensors(tensors: dict[str, Tensor], text: str = "") -> str:

@@ -56,6 +56,11 @@ class EpochMultipackBatchSampler(MultipackBatchSampler):
     def __iter__(self) -> Iterator[list[list[int]]]:
         length = len(self)
         batches = self.generate_batches(set_stats=True)
+        if length and not batches:
+            raise ValueError(
+                f"sample_packing: the {len(self.lengths)} samples do not fill one "
+                "micro-batch in every epoch. Lower micro_batch_size or sequence_len."
+            )
         for index in range(length):
             yield batches[index % len(batches)]
 

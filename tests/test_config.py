@@ -197,6 +197,8 @@ REFUSED = {
     "trainer_cls": "my.Trainer",
     "processor_type": "AutoProcessor",
     "relora": True,
+    "streaming": True,
+    "pretraining_dataset": "corpus.jsonl",
 }
 REMEDIES = ("Remove", "Set it to 1", "Use ")
 

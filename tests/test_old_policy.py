@@ -353,4 +353,6 @@ def test_digest_tells_shapes_and_names_apart():
         {"input_ids": zeros.float(), "labels": a}
     )
     # Log-probs that were attached later do not change whose they are.
+    # Other boundaries, other log-probs: the same tokens cut into other samples.
+    assert digest({**one, "position_ids": a}) != digest({**one, "position_ids": b})
     assert digest({**one, "old_logprobs": torch.ones(2, 3)}) == digest(one)

@@ -176,3 +176,10 @@ def test_loaders_without_such_a_sampler_are_left_alone():
     set_sampler_epoch(Loader(None), 1)
     set_sampler_epoch(DataLoader(range(4), batch_size=2), 1)
     set_sampler_epoch([1, 2], 1)
+
+
+def test_an_epoch_that_fills_no_batch_is_an_error(monkeypatch: pytest.MonkeyPatch):
+    sampler = packed()
+    monkeypatch.setattr(sampler, "generate_batches", lambda set_stats: [])
+    with pytest.raises(ValueError, match=r"120 samples .* Lower micro_batch_size"):
+        list(sampler)
