@@ -7,6 +7,9 @@ OUT := outputs/quickstart
 # On a machine with a GPU, `make GPU=1 quickstart` uses it; here two CPU cores do.
 ifndef GPU
 export ACCELERATE_USE_CPU := true
+# A model this small gains nothing from two threads and loses much when they wait for
+# each other on a busy machine.
+export OMP_NUM_THREADS := 1
 LAUNCH := launch --cpu --num_processes 1
 else
 LAUNCH := launch --num_processes 1

@@ -350,17 +350,16 @@ class PSFTTrainer(AxolotlTrainer, _PerplexityOfNll):  # type: ignore[misc]
         finite = self.accelerator.reduce(finite, reduction="sum") > world_size - 1
         # fp16's gradient scaler meets infinite gradients by design and skips the step.
         scaled = getattr(self.accelerator, "scaler", None) is not None
-        norm = torch.as_tensor(0.0 if grad_norm is None or scaled else grad_norm)
-        ok = torch.stack([finite.all(), torch.isfinite(norm).to(finite.device)])
+        norm = 0.0 if grad_norm is None or scaled else float(grad_norm)
         self._step_loss.zero_()
-        if ok.all():
+        if finite.all() and math.isfinite(norm):
             return
         step = self.state.global_step + 1
         ranks = (~finite).nonzero().flatten().tolist()
         what = (
             f"the loss of rank {', '.join(map(str, ranks))}"
             if ranks
-            else f"the gradient norm ({float(norm)})"
+            else f"the gradient norm ({norm})"
         )
         raise NonFiniteLossError(
             f"psft: {what} is not finite in optimizer step {step}. The weights were not"

@@ -206,6 +206,19 @@ def test_scoring_costs_one_forward_less_than_the_window(
     assert [s > 0 for s in seconds] == [True, False, False, False, True, False]
 
 
+def test_long_scoring_shows_progress(
+    tiny: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    from axolotl_psft import trainer
+
+    monkeypatch.setattr(trainer, "_PROGRESS_AFTER_SECONDS", 0.0)
+    run(config(tiny, tmp_path, max_steps=4))
+    assert "Scoring the old policy" in capfd.readouterr().err
+
+
 def test_perplexity_is_that_of_the_nll(psft_run: Any) -> None:
     for entry in train_logs(psft_run):
         assert entry["ppl"] == pytest.approx(math.exp(entry["psft/nll"]), rel=1e-4)
