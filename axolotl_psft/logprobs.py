@@ -15,7 +15,8 @@ lse is all that backward needs: it recomputes a tile's logits and turns them int
 gradient in place (`_gradient`).
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -106,7 +107,8 @@ def linear_logprobs(
     if tile_shape is None:
         # A GPU fills itself with many rows and then reads the weight once; a CPU wants
         # the tile to stay in its last cache.
-        tile_shape = (max(len(rows), 1), 4096) if hidden.is_cuda else (512, 2048)
+        on_cpu = hidden.device.type == "cpu"
+        tile_shape = (512, 2048) if on_cpu else (max(len(rows), 1), 4096)
     head = _Head(
         start,
         num_ids,
@@ -174,8 +176,8 @@ class _LinearLogprobs(torch.autograd.Function):
                         _add_matmul(d_w, x.t(), h_r)
                     del x  # before the next tile's is made
                 for total, part in ((d_weight, d_w), (d_bias, d_b)):
-                    if total is not None and part is not None:
-                        total[v] = part
+                    if total is not None and total.dtype != head.accumulate:
+                        total[v] = cast(Tensor, part)
         if not need_hidden:
             return None, d_weight, d_bias, None, None, None
         if head.group is not None:
@@ -234,8 +236,10 @@ def vocab_parallel_logprobs(
     exact = torch.float64 if logits.dtype == torch.float64 else torch.float32
     # Rows enough to amortize a call, few enough to stay in a CPU's last cache.
     num_rows = 4096 if logits.is_cuda else max(1, (1 << 21) // logits.shape[1])
-    head = _Head(start, num_ids, exact, exact, (num_rows, num_ids), tp_group)
-    head = replace(head, with_entropy=with_entropy)
+    tile = (num_rows, num_ids)
+    head = _Head(
+        start, num_ids, exact, exact, tile, tp_group, with_entropy=with_entropy
+    )
     return _VocabParallelLogprobs.apply(logits, targets, rows, head, inplace_backward)
 
 
