@@ -2,44 +2,20 @@
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import yaml
 
+from tests.commands import finish, start
 from tests.tiny import config
 
 BIN = Path(sys.executable).parent
 ACCELERATE = [str(BIN / "accelerate"), "launch", "--cpu", "--num_processes", "1"]
+# `axolotl train` looks for accelerate on the path, as in an active environment.
+PATH = {"PATH": f"{BIN}:{os.environ['PATH']}"}
 MODULE = [*ACCELERATE, "-m", "axolotl.cli.train"]
-
-
-def start(
-    command: list[str], cfg: dict, folder: Path, **env: str
-) -> "subprocess.Popen[str]":
-    folder.mkdir(parents=True)
-    path = folder / "config.yaml"
-    path.write_text(yaml.safe_dump(cfg))
-    return subprocess.Popen(
-        [*command, str(path)],
-        # `axolotl train` looks for accelerate on the path, as in an active environment.
-        env={**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}", **env},
-        cwd=folder,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-    )
-
-
-def finish(process: "subprocess.Popen[str]") -> str:
-    try:
-        output, _ = process.communicate(timeout=600)
-    finally:
-        process.kill()
-    assert process.returncode == 0, output[-5000:]
-    return output
 
 
 def losses(folder: Path) -> list[tuple[float, float]]:
@@ -70,7 +46,10 @@ def launched(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
             command, overrides, env = runs[name]
             options = {"max_steps": 4, "save_strategy": None, "save_steps": 4}
             cfg = config(tiny, folder / name, **{**options, **overrides})
-            started.append(start(command, cfg, folder / name, **env))
+            (folder / name).mkdir()
+            path = folder / name / "config.yaml"
+            path.write_text(yaml.safe_dump(cfg))
+            started.append(start([*command, str(path)], PATH | env, folder))
         for process in started:
             finish(process)
     return {name: folder / name for name in names}

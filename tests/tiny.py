@@ -112,6 +112,8 @@ def config(tiny: Path, output: Path, **overrides: Any) -> dict[str, Any]:
         "logging_steps": 1,
         "save_strategy": "no",
         "dataloader_num_workers": 0,
+        # Seconds until a collective that a rank does not join is given up.
+        "ddp_timeout": 120,
         "include_tkps": False,
         "dataset_num_proc": 1,
         "seed": 7,

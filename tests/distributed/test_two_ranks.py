@@ -1,8 +1,6 @@
 """Two gloo ranks through `accelerate launch`: as one process, and exact at resume."""
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,6 +9,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from tests.commands import finish, start
 from tests.distributed.scenarios import logs
 from tests.tiny import PROMPT, config, run
 
@@ -25,16 +24,8 @@ def ranks(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
     output = tmp_path_factory.mktemp("ranks")
     command = [str(Path(sys.executable).parent / "accelerate"), *LAUNCH.split()]
     command += ["--main_process_port", "0", "-m", "tests.distributed.scenarios"]
-    process = subprocess.run(
-        [*command, str(tiny), str(output)],
-        env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        timeout=400,
-        check=False,
-    )
-    assert process.returncode == 0, process.stdout[-6000:]
+    env = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    finish(start([*command, str(tiny), str(output)], env, Path.cwd()))
     return [json.loads((output / f"rank{r}.json").read_text()) for r in range(2)]
 
 
