@@ -82,7 +82,7 @@ def linear_logprobs(
         softcap: logits become softcap * tanh(logits / softcap), as in Gemma.
         logits_scale: factor on the logits, before the cap (Granite, Cohere).
         with_entropy: False returns zeros for the entropies.
-        tile_shape: rows and vocabulary of one tile of logits. None: 512 x 2048; on a
+        tile_shape: rows and vocabulary of one tile of logits. None: 512 x 1024; on a
             GPU all active rows x 4096.
 
     Returns:
@@ -108,7 +108,7 @@ def linear_logprobs(
         # A GPU fills itself with many rows and then reads the weight once; a CPU wants
         # the tile to stay in its last cache.
         on_cpu = hidden.device.type == "cpu"
-        tile_shape = (512, 2048) if on_cpu else (max(len(rows), 1), 4096)
+        tile_shape = (512, 1024) if on_cpu else (max(len(rows), 1), 4096)
     head = _Head(
         start,
         num_ids,
