@@ -55,8 +55,8 @@ def draw(runs: Sequence[Path], output: Path) -> None:
 
     figure, axes = pyplot.subplots(1, len(PANELS), figsize=(5 * len(PANELS), 4))
     eval_keys = {"psft/nll": "eval_loss", "psft/entropy": "eval_psft/entropy"}
-    for run, colour in zip(runs, _colours(len(runs)), strict=True):
-        history = read_log(run)
+    for i, run in enumerate(runs):
+        history, colour = read_log(run), f"C{i}"
         for axis, (metric, title) in zip(axes, PANELS.items(), strict=True):
             axis.set_title(title)
             axis.set_xlabel("optimizer step")
@@ -77,10 +77,6 @@ def draw(runs: Sequence[Path], output: Path) -> None:
 def _points(history: list[dict[str, Any]], key: str) -> tuple[list[int], list[float]]:
     entries = [entry for entry in history if key in entry]
     return [e["step"] for e in entries], [e[key] for e in entries]
-
-
-def _colours(count: int) -> list[str]:
-    return [f"C{i}" for i in range(count)]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

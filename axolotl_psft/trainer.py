@@ -193,7 +193,7 @@ class PSFTTrainer(AxolotlTrainer, _PerplexityOfNll):  # type: ignore[misc]
 
     def _start_window(self, epoch_iterator: Iterator[Batch]) -> None:
         start = self.state.global_step
-        num_steps = self.psft.refresh_steps if self._in_psft_phase() else 1
+        num_steps = self.psft.refresh_steps if self._in_psft_phase(start) else 1
         num_steps = min(
             num_steps, self._updates_left_in_epoch, self.state.max_steps - start
         )
@@ -209,11 +209,8 @@ class PSFTTrainer(AxolotlTrainer, _PerplexityOfNll):  # type: ignore[misc]
         self._window = Window(start)
         self._window.steps.extend(steps)
 
-    def _in_psft_phase(self) -> bool:
-        return (
-            self.psft.objective == "psft"
-            and self.state.global_step >= self.psft.sft_warmup_steps
-        )
+    def _in_psft_phase(self, step: int) -> bool:
+        return self.psft.objective == "psft" and step >= self.psft.sft_warmup_steps
 
     def _count_tokens(self, steps: Any) -> None:
         """Active tokens of each optimizer step over all ranks: one all-reduce."""
@@ -306,7 +303,7 @@ class PSFTTrainer(AxolotlTrainer, _PerplexityOfNll):  # type: ignore[misc]
         if not output.logprobs.requires_grad:
             return self._eval_loss(output)
         logprobs, mask = output.logprobs, output.mask
-        if self._in_psft_phase():
+        if self._in_psft_phase(self.state.global_step):
             old = output.old_logprobs
             loss, sums = psft_loss(
                 logprobs,
@@ -417,9 +414,7 @@ class PSFTTrainer(AxolotlTrainer, _PerplexityOfNll):  # type: ignore[misc]
         last_step = self.state.global_step - 1
         metrics = self._train_sums.reduce()
         metrics["old_policy_age"] = last_step - self._window.start_step
-        metrics["phase"] = int(
-            self.psft.objective == "psft" and last_step >= self.psft.sft_warmup_steps
-        )
+        metrics["phase"] = int(self._in_psft_phase(last_step))
         metrics["score_seconds"] = self._score_seconds
         self._train_sums = TokenSums(self.args.device)
         self._score_seconds = 0.0
