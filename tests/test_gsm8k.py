@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.tiny import column, config, run, train_logs
+from tests.tiny import column, config, run, train_logs, write_model
 
 DATA = Path(__file__).parent.parent.parent / "shared" / "data" / "gsm8k"
 if not DATA.is_dir():
@@ -25,13 +25,8 @@ QUESTION_ANSWER = {
 
 @pytest.fixture(scope="module")
 def gsm8k(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    import torch
     from tokenizers import ByteLevelBPETokenizer
-    from transformers import (
-        PreTrainedTokenizerFast,
-        Qwen3Config,
-        Qwen3ForCausalLM,
-    )
+    from transformers import PreTrainedTokenizerFast
 
     folder = tmp_path_factory.mktemp("gsm8k")
     rows = {
@@ -53,22 +48,15 @@ def gsm8k(tmp_path_factory: pytest.TempPathFactory) -> Path:
         tokenizer_file=str(folder / "bpe.json"), pad_token="<pad>", eos_token="<eos>"
     )
     tokenizer.save_pretrained(folder / "model")
-    torch.manual_seed(0)
-    model = Qwen3ForCausalLM(
-        Qwen3Config(
-            vocab_size=1024,
-            hidden_size=64,
-            intermediate_size=128,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            head_dim=16,
-            pad_token_id=tokenizer.pad_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            bos_token_id=None,
-        )
+    write_model(
+        folder / "model",
+        tokenizer,
+        vocab_size=1024,
+        hidden_size=64,
+        intermediate_size=128,
+        head_dim=16,
+        tie_word_embeddings=False,
     )
-    model.save_pretrained(folder / "model")
     return folder
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from tests.reference import Watch
-from tests.tiny import PROMPT, config, run, write_dataset, write_model
+from tests.tiny import config, eval_data, run, write_dataset, write_model
 
 NUM_TOKENS = 512
 VOCAB_SIZE = 16384
@@ -23,14 +23,13 @@ def large_vocabulary(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def largest_tensor(folder: Path, output: Path, **overrides: Any) -> int:
     """Elements of the largest float tensor made by a run that trains and evaluates."""
-    test_set = {"path": str(folder / "test.jsonl"), "type": PROMPT, "split": "train"}
     options = {
         "sample_packing": True,
         "sequence_len": NUM_TOKENS,
         "micro_batch_size": 1,
         # Every token is supervised: dropping rows saves nothing here.
         "train_on_inputs": True,
-        "test_datasets": [test_set],
+        **eval_data(folder),
         "eval_steps": 2,
         "save_steps": 2,
         "save_strategy": None,

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from tests.tiny import PROMPT, column, config, run, train_logs, write_dataset
+from tests.tiny import PROMPT, column, config, eval_data, run, train_logs, write_dataset
 
 # Same maths, other summation order, in float32: a few units in the last place (1e-7)
 # of sums over some hundred tokens, carried through eight steps of gradient descent.
@@ -231,12 +231,10 @@ EVAL = {"eval_steps": 2, "save_steps": 2, "save_strategy": None}
 def test_eval_loss_is_the_token_mean_of_the_nll(
     tiny: Path, tmp_path: Path, packed: bool
 ) -> None:
-    test_set = {"path": str(tiny / "test.jsonl"), "type": PROMPT, "split": "train"}
     trainer = run(
         config(
             tiny,
             tmp_path,
-            test_datasets=[test_set],
             # 13 samples: the last batch is not full.
             eval_batch_size=4,
             sample_packing=packed,
@@ -244,6 +242,7 @@ def test_eval_loss_is_the_token_mean_of_the_nll(
             sequence_len=512,
             micro_batch_size=1 if packed else 4,
             max_steps=4,
+            **eval_data(tiny),
             **EVAL,
         )
     )
@@ -276,18 +275,17 @@ def _reference_eval(trainer: Any, path: Path) -> tuple[float, float]:
 
 
 def test_early_stopping_and_best_model(tiny: Path, tmp_path: Path) -> None:
-    test_set = {"path": str(tiny / "test.jsonl"), "type": PROMPT, "split": "train"}
     trainer = run(
         config(
             tiny,
             tmp_path,
-            test_datasets=[test_set],
             early_stopping_patience=1,
             load_best_model_at_end=True,
             # Far too high after a while: eval loss rises and stops the run.
             optimizer="adamw_torch",
             learning_rate=0.2,
             max_steps=40,
+            **eval_data(tiny),
             **EVAL,
         )
     )

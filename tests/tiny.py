@@ -39,15 +39,13 @@ def write_tokenizer(folder: Path) -> Any:
     return tokenizer
 
 
-def write_model(folder: Path, **overrides: Any) -> Path:
-    """A random two-layer Qwen3 with the tokenizer, saved as users' models are."""
+def qwen3(**overrides: Any) -> Any:
+    """A random two-layer Qwen3, the same at every call."""
     import torch
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
-    tokenizer = write_tokenizer(folder)
     torch.manual_seed(0)
     options = {
-        "vocab_size": len(tokenizer),
         "hidden_size": 32,
         "intermediate_size": 64,
         "num_hidden_layers": 2,
@@ -55,11 +53,20 @@ def write_model(folder: Path, **overrides: Any) -> Path:
         "num_key_value_heads": 2,
         "head_dim": 8,
         "tie_word_embeddings": True,
-        "pad_token_id": tokenizer.pad_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
         "bos_token_id": None,
     }
-    model = Qwen3ForCausalLM(Qwen3Config(**{**options, **overrides}))
+    return Qwen3ForCausalLM(Qwen3Config(**{**options, **overrides}))
+
+
+def write_model(folder: Path, tokenizer: Any = None, **overrides: Any) -> Path:
+    """A random Qwen3 with its tokenizer, saved as users' models are."""
+    tokenizer = write_tokenizer(folder) if tokenizer is None else tokenizer
+    ids = {
+        "vocab_size": len(tokenizer),
+        "pad_token_id": tokenizer.pad_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+    }
+    model = qwen3(**{**ids, **overrides})
     model.generation_config.do_sample = True
     model.save_pretrained(folder)
     return folder
@@ -79,6 +86,12 @@ def write_dataset(path: Path, num_samples: int, seed: int) -> Path:
         rows.append({"instruction": " ".join(prompt), "output": " ".join(answer)})
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
+
+
+def eval_data(folder: Path) -> dict[str, Any]:
+    """The configuration's part that evaluates on `test.jsonl`."""
+    path = str(folder / "test.jsonl")
+    return {"test_datasets": [{"path": path, "type": PROMPT, "split": "train"}]}
 
 
 def config(tiny: Path, output: Path, **overrides: Any) -> dict[str, Any]:

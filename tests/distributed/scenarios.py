@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from tests.tiny import config, run, train_logs
+from tests.tiny import config, eval_data, run, train_logs
 
 METRICS = ["loss", "grad_norm", "psft/nll", "psft/clip_frac", "psft/ratio_max"]
 SAVE = {"save_strategy": None, "save_steps": 1, "save_total_limit": 100}
@@ -38,18 +38,16 @@ def main(tiny: Path, output: Path) -> dict[str, Any]:
     trainer = run(config(tiny, output / "plain", micro_batch_size=4))
     results["plain"] = logs(trainer)
 
-    test_set = {"path": str(tiny / "test.jsonl"), "split": "train"}
-    test_set["type"] = config(tiny, output)["datasets"][0]["type"]
     trainer = run(
         config(
             tiny,
             output / "eval",
-            test_datasets=[test_set],
             eval_batch_size=4,
             eval_steps=2,
             save_steps=2,
             save_strategy=None,
             max_steps=2,
+            **eval_data(tiny),
         )
     )
     history = trainer.state.log_history

@@ -11,7 +11,7 @@ from torch.testing import assert_close
 
 from tests.commands import finish, start
 from tests.distributed.scenarios import logs
-from tests.tiny import PROMPT, config, run
+from tests.tiny import config, eval_data, run
 
 # --multi_gpu with ACCELERATE_USE_CPU is how accelerate starts several CPU ranks.
 LAUNCH = "launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no"
@@ -51,14 +51,12 @@ def test_eval_loss_counts_every_sample_once(
             tiny,
             tmp_path,
             micro_batch_size=8,
-            test_datasets=[
-                {"path": str(tiny / "test.jsonl"), "type": PROMPT, "split": "train"}
-            ],
             eval_batch_size=4,
             eval_steps=2,
             save_steps=2,
             save_strategy=None,
             max_steps=2,
+            **eval_data(tiny),
         )
     )
     alone = [e["eval_loss"] for e in trainer.state.log_history if "eval_loss" in e]

@@ -9,28 +9,15 @@ from torch import distributed as dist
 from torch.testing import assert_close
 
 from tests.distributed.launch import run_distributed
+from tests.tiny import qwen3
 
 WORLD_SIZE = 2
 
 
 def build(tied: bool) -> nn.Module:
-    from transformers import Qwen3Config, Qwen3ForCausalLM
-
     from axolotl_psft.causal_lm import install_logprobs_forward
 
-    torch.manual_seed(0)
-    model = Qwen3ForCausalLM(
-        Qwen3Config(
-            vocab_size=507,
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            head_dim=8,
-            tie_word_embeddings=tied,
-        )
-    )
+    model = qwen3(vocab_size=507, tie_word_embeddings=tied)
     install_logprobs_forward(model)
     return model
 
