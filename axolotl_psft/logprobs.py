@@ -82,7 +82,7 @@ def linear_logprobs(
         softcap: logits become softcap * tanh(logits / softcap), as in Gemma.
         logits_scale: factor on the logits, before the cap (Granite, Cohere).
         with_entropy: False returns zeros for the entropies.
-        tile_shape: rows and vocabulary of one tile of logits. None: 512 x 1024; on a
+        tile_shape: rows and vocabulary of one tile of logits. None: 1024 x 1024; on a
             GPU all active rows x 4096.
 
     Returns:
@@ -108,7 +108,7 @@ def linear_logprobs(
         # A GPU fills itself with many rows and then reads the weight once; a CPU wants
         # the tile to stay in its last cache.
         on_cpu = hidden.device.type == "cpu"
-        tile_shape = (512, 1024) if on_cpu else (max(len(rows), 1), 4096)
+        tile_shape = (1024, 1024) if on_cpu else (max(len(rows), 1), 4096)
     head = _Head(
         start,
         num_ids,
@@ -182,8 +182,7 @@ class _LinearLogprobs(torch.autograd.Function):
             return None, d_weight, d_bias, None, None, None
         if head.group is not None:
             dist.all_reduce(d_h, group=head.group)
-        d_hidden = torch.zeros_like(hidden).index_copy_(0, rows, d_h.to(hidden.dtype))
-        return d_hidden, d_weight, d_bias, None, None, None
+        return _put(hidden, rows, d_h), d_weight, d_bias, None, None, None
 
 
 @torch.compiler.disable
@@ -448,6 +447,14 @@ def _bias(bias: Tensor | None, v: slice, head: _Head) -> Tensor | None:
 
 def _take(hidden: Tensor, rows: Tensor) -> Tensor:
     return hidden if len(rows) == len(hidden) else hidden[rows]
+
+
+def _put(hidden: Tensor, rows: Tensor, d_h: Tensor) -> Tensor:
+    """The inverse of _take, for gradients: rows that were not taken get zeros."""
+    d_h = d_h.to(hidden.dtype)
+    if len(rows) == len(hidden):
+        return d_h
+    return torch.zeros_like(hidden).index_copy_(0, rows, d_h)
 
 
 def _empty_statistics(like: Tensor, num_rows: int, head: _Head) -> Tensor:
