@@ -93,7 +93,8 @@ def install_logprobs_forward(model: PreTrainedModel) -> None:
         )
     original: Any = model.forward
     transform = LogitsTransform.from_config(model.config)
-    if type(head) is nn.Linear:
+    # A vocabulary-parallel head (megatron/layers.py) has a group.
+    if type(head) is nn.Linear or hasattr(head, "tp_group"):
         _install_head_forward(head, transform)
 
     @functools.wraps(original.__func__)
@@ -138,6 +139,7 @@ def _install_head_forward(head: nn.Linear, transform: LogitsTransform) -> None:
             self.weight,
             targets,
             bias=self.bias,
+            tp_group=getattr(self, "tp_group", None),
             logits_scale=transform.scale,
             softcap=transform.softcap,
         )

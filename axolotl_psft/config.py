@@ -5,6 +5,7 @@ with the settings lives in trainer.py.
 """
 
 import difflib
+import importlib.util
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
@@ -51,8 +52,33 @@ _UNSUPPORTED = {
     "context_parallel_size": "context parallelism",
     "sequence_parallel_degree": "context parallelism",
     "expert_parallel_size": "expert parallelism",
-    "tensor_parallel_size": "tensor parallelism",
 }
+
+# Why each cannot be set together with tensor_parallel_size, and what to do.
+_NOT_TENSOR_PARALLEL = {
+    "adapter": "only full fine-tuning is split. Remove `adapter`, or use "
+    "`tensor_parallel_size: 1`, whose memory LoRA seldom exceeds",
+    "load_in_4bit": "quantized weights are not split. Set it to false",
+    "load_in_8bit": "quantized weights are not split. Set it to false",
+    "gptq": "quantized weights are not split. Set it to false",
+    "qat": "quantized weights are not split. Remove it",
+    "fsdp": "Megatron-Core shards weights and optimizer itself. Remove it",
+    "fsdp_config": "Megatron-Core shards weights and optimizer itself. Remove it",
+    "deepspeed": "Megatron-Core shards weights and optimizer itself. Remove it",
+    "fp16": "there is no loss scaling. Use `bf16: true`",
+    "float16": "there is no loss scaling. Use `bf16: true`",
+    "torch_compile": "compiled collectives are not tested. Set it to false",
+    "fp32_norms": "all weights have one dtype; the optimizer's are float32. Remove it",
+    "fix_untrained_tokens": "it edits whole embeddings. Remove it",
+    "reinit_weights": "weights are read in slices, not made. Remove it",
+    "embedding_lr": "one learning rate is supported. Remove it",
+    "embedding_lr_scale": "one learning rate is supported. Remove it",
+    "lr_groups": "one learning rate is supported. Remove it",
+    "gpu_memory_limit": "each rank holds its shard. Remove it",
+    "max_memory": "each rank holds its shard. Remove it",
+}
+
+_TENSOR_PARALLEL_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "sgd")
 
 
 class PSFTConfig(BaseModel):
@@ -76,6 +102,11 @@ class PSFTConfig(BaseModel):
     )
     sft_warmup_steps: int = Field(
         default=0, description="Optimizer steps of plain SFT before PSFT starts."
+    )
+    sequence_parallel: bool = Field(
+        default=False,
+        description="With tensor_parallel_size: split the hidden states between blocks "
+        "along the sequence. Less memory for activations, the same losses.",
     )
     objective: Literal["psft", "sft"] = Field(
         default="psft",
@@ -104,6 +135,11 @@ class PSFTConfig(BaseModel):
                 f"psft.objective must be psft or sft, got {data['objective']!r}. "
                 "Use psft; sft is the baseline with the same metrics."
             )
+        if not isinstance(data.get("sequence_parallel", False), bool):
+            raise ValueError(
+                "psft.sequence_parallel must be true or false, got "
+                f"{data['sequence_parallel']!r}. Use false."
+            )
         # Here and not in field types: pydantic's own messages know no remedy, and it
         # takes `true` for 1.
         return {**data, **_numbers(data)}
@@ -112,7 +148,7 @@ class PSFTConfig(BaseModel):
         """Warnings about settings that change nothing, each one sentence or two."""
         warnings = []
         if self.objective == "sft":
-            unused = self.model_fields_set - {"objective"}
+            unused = self.model_fields_set - {"objective", "sequence_parallel"}
             warnings += [
                 f"psft.{key} has no effect with psft.objective: sft."
                 for key in sorted(unused)
@@ -162,13 +198,22 @@ class PSFTArgs(BaseModel):
     psft: PSFTConfig | None = Field(
         default=None, description="Proximal SFT; absent: the plugin does nothing."
     )
+    psft_tensor_parallel_size: int | None = Field(
+        default=None,
+        description="Not for users: the plugin moves tensor_parallel_size here, since "
+        "Axolotl would start its own tensor parallelism where it sees it.",
+    )
 
     @model_validator(mode="before")
     @classmethod
     def _fits_the_rest(cls, data: Any) -> Any:
-        if isinstance(data, Mapping) and data.get("psft") is not None:
-            check_combination(data)
-        return data
+        if not isinstance(data, Mapping) or data.get("psft") is None:
+            return data
+        check_combination(data)
+        tp_size = tensor_parallel_size(data)
+        if tp_size == 1:
+            return data
+        return {**data, "tensor_parallel_size": 1, "psft_tensor_parallel_size": tp_size}
 
     @model_validator(mode="after")
     def _warn(self) -> "PSFTArgs":
@@ -232,6 +277,59 @@ def check_combination(cfg: Mapping[str, Any]) -> None:
             cfg["relora"],
             "a ReLoRA restart in the middle of a window would change the policy that "
             "the old log-probs belong to. Use `adapter: lora` without relora",
+        )
+
+
+    _check_tensor_parallel(cfg)
+
+
+def tensor_parallel_size(cfg: Mapping[str, Any]) -> int:
+    """``tensor_parallel_size`` of a configuration, before or after validation.
+
+    Raises:
+        ValueError: it is not a whole number of at least 1.
+    """
+    value = cfg.get("tensor_parallel_size")
+    if value in (None, 1, "1"):
+        value = cfg.get("psft_tensor_parallel_size") or 1
+    try:
+        size = 0 if isinstance(value, bool) else int(value)
+    except (TypeError, ValueError):
+        size = 0
+    if size < 1:
+        raise ValueError(
+            f"tensor_parallel_size must be a whole number >= 1, got {value!r}. Use the "
+            "number of GPUs that share one copy of the model; 1 for none."
+        )
+    return size
+
+
+def _check_tensor_parallel(cfg: Mapping[str, Any]) -> None:
+    size = tensor_parallel_size(cfg)
+    if size == 1:
+        if isinstance(cfg["psft"], Mapping) and cfg["psft"].get("sequence_parallel"):
+            raise ValueError(
+                "psft.sequence_parallel: true splits work within a tensor-parallel "
+                "group, and there is none. Set tensor_parallel_size, or remove it."
+            )
+        return
+    if importlib.util.find_spec("megatron") is None:
+        raise ValueError(
+            f"tensor_parallel_size: {size} needs Megatron-Core. "
+            "`pip install 'axolotl_psft[megatron]'`."
+        )
+    for key, why in _NOT_TENSOR_PARALLEL.items():
+        if cfg.get(key):
+            raise ValueError(
+                f"{key}: {cfg[key]} cannot be combined with tensor_parallel_size: "
+                f"{size}: {why}."
+            )
+    optimizer = cfg.get("optimizer") or "adamw_torch_fused"
+    if optimizer not in _TENSOR_PARALLEL_OPTIMIZERS:
+        raise ValueError(
+            f"optimizer: {optimizer} cannot be combined with tensor_parallel_size: "
+            f"{size}: Megatron-Core has its own. Use one of "
+            f"{', '.join(_TENSOR_PARALLEL_OPTIMIZERS)}."
         )
 
 

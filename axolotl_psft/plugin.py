@@ -21,6 +21,10 @@ class PSFTPlugin(BasePlugin):
         # which on several ranks is the rank's number even where there is no GPU.
         if cfg.psft and cfg.device == "cpu" and cfg.device_map:
             cfg.device_map = {"": "cpu"}
+        if _tensor_parallel(cfg) and not preprocess:
+            from axolotl_psft.megatron import engine
+
+            engine.prepare(cfg)
 
     def pre_model_load(self, cfg: Any) -> None:
         if not cfg.psft:
@@ -29,9 +33,31 @@ class PSFTPlugin(BasePlugin):
                 "plain SFT. Add `psft: {}` for Proximal SFT with the defaults."
             )
 
+    def post_model_build(self, cfg: Any, model: Any) -> None:
+        if _tensor_parallel(cfg):
+            from axolotl_psft.megatron import engine
+
+            engine.build(cfg, model)
+
+    def post_model_load(self, cfg: Any, model: Any) -> None:
+        if _tensor_parallel(cfg):
+            from axolotl_psft.megatron import engine
+
+            engine.finish_loading(cfg, model)
+
+    def post_train(self, cfg: Any, model: Any) -> None:
+        if _tensor_parallel(cfg):
+            from axolotl_psft.megatron import engine
+
+            engine.save(cfg, model)
+
     def get_trainer_cls(self, cfg: Any) -> type | None:
         if not cfg.psft:
             return None
+        if _tensor_parallel(cfg):
+            from axolotl_psft.megatron.trainer import MegatronPSFTTrainer
+
+            return MegatronPSFTTrainer
         from axolotl_psft.trainer import PSFTTrainer
 
         return PSFTTrainer
@@ -48,3 +74,7 @@ class PSFTPlugin(BasePlugin):
                 "Remove that plugin or the psft block."
             )
         trainer.psft = PSFTConfig(**cfg.psft)
+
+
+def _tensor_parallel(cfg: Any) -> bool:
+    return bool(cfg.psft and cfg.psft_tensor_parallel_size)

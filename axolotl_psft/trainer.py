@@ -14,6 +14,7 @@ from axolotl.core.trainers.base import AxolotlTrainer
 from axolotl.utils.logging import get_logger
 from axolotl.utils.samplers import MultipackBatchSampler
 from torch import Tensor, nn
+from torch import distributed as dist
 from tqdm.auto import tqdm
 from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -85,6 +86,15 @@ class PSFTTrainer(AxolotlTrainer, _PerplexityOfNll):  # type: ignore[misc]
         self.args.logging_nan_inf_filter = False
         self._reset_run_state()
 
+    @property
+    def _data_group(self) -> dist.ProcessGroup | None:
+        """The ranks whose micro-batches differ; None: all of them."""
+        return None
+
+    @property
+    def _num_data_ranks(self) -> int:
+        return self.accelerator.num_processes
+
     def _reset_run_state(self) -> None:
         device = self.args.device
         self._window = Window()
@@ -135,7 +145,7 @@ class PSFTTrainer(AxolotlTrainer, _PerplexityOfNll):  # type: ignore[misc]
     def _settings(self) -> dict[str, Any]:
         """What must not change between a checkpoint and its resumption."""
         return {
-            **self.psft.model_dump(),
+            **self.psft.model_dump(exclude={"sequence_parallel"}),
             # What takes part in the objective, not how it was written.
             "epsilon": self.psft.epsilon if self.psft.epsilon_high is None else None,
         }
@@ -218,7 +228,8 @@ class PSFTTrainer(AxolotlTrainer, _PerplexityOfNll):  # type: ignore[misc]
         if not steps:
             return
         counts = torch.stack([_num_active(step) for step in steps]).to(self.args.device)
-        counts = self.accelerator.reduce(counts, reduction="sum")
+        if dist.is_initialized():
+            dist.all_reduce(counts, group=self._data_group)
         for step, count in zip(steps, counts, strict=True):
             # An optimizer step without a supervised token: loss and gradient are zero.
             step.num_tokens = count.clamp(min=1)
@@ -318,7 +329,7 @@ class PSFTTrainer(AxolotlTrainer, _PerplexityOfNll):  # type: ignore[misc]
         self._train_sums.add({**sums, "entropy_sum": output.entropy.sum()})
         # Data parallelism averages gradients over ranks; the divisor already counts
         # the tokens of all of them.
-        loss = loss * self.accelerator.num_processes
+        loss = loss * self._num_data_ranks
         self._step_loss += loss.detach()
         return loss
 
@@ -377,16 +388,21 @@ class PSFTTrainer(AxolotlTrainer, _PerplexityOfNll):  # type: ignore[misc]
         loss, _, _ = super().prediction_step(
             model, inputs, prediction_loss_only=True, ignore_keys=ignore_keys
         )
-        # accelerate repeats samples to fill the last batch and knows which; packed
-        # batches are never filled up, and it would count wrongly there.
-        args: Any = self.args
-        gather = (
-            self.accelerator.gather
-            if args.sample_packing and args.eval_sample_packing is not False
-            else self.accelerator.gather_for_metrics
-        )
-        self._eval_sums += gather(self._eval_rows.double()).sum(0)
+        self._eval_sums += self._gather_eval_rows(self._eval_rows.double()).sum(0)
         return loss, None, None
+
+    @property
+    def _eval_is_packed(self) -> bool:
+        args: Any = self.args
+        return args.sample_packing and args.eval_sample_packing is not False
+
+    def _gather_eval_rows(self, rows: Tensor) -> Tensor:
+        """Each data rank's rows [B, 3], without those that fill the last batch."""
+        # accelerate repeats samples to fill it and knows which; packed batches are
+        # never filled up, and it would count wrongly there.
+        if self._eval_is_packed:
+            return self.accelerator.gather(rows)
+        return self.accelerator.gather_for_metrics(rows)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """The Trainer's loop, with token-weighted ``eval_loss`` (NLL) and entropy."""
@@ -412,7 +428,7 @@ class PSFTTrainer(AxolotlTrainer, _PerplexityOfNll):  # type: ignore[misc]
     def _train_metrics(self) -> dict[str, float]:
         # `log` runs after the step was counted.
         last_step = self.state.global_step - 1
-        metrics = self._train_sums.reduce()
+        metrics = self._train_sums.reduce(self._data_group)
         metrics["old_policy_age"] = last_step - self._window.start_step
         metrics["phase"] = int(self._in_psft_phase(last_step))
         metrics["score_seconds"] = self._score_seconds

@@ -1,0 +1,186 @@
+"""Sharded weights: read slices from safetensors files, write Hugging Face files.
+
+No rank ever holds the whole model: reading takes this rank's slices only, writing
+gathers one tensor after the other on the first rank, file by file.
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch import distributed as dist
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+from transformers.utils.hub import get_checkpoint_shard_files
+
+from axolotl_psft.megatron.groups import Layout
+
+# What transformers writes by default: the most that one rank gathers at a time.
+MAX_SHARD_SIZE = "5GB"
+
+
+def load_weights(
+    model: nn.Module, source: str | os.PathLike, layout: Layout, **hub: Any
+) -> None:
+    """Fill the model's parameters with this rank's slices of a checkpoint.
+
+    Args:
+        model: with parallel layers (layers.py).
+        source: a folder or a hub id, with safetensors files.
+        layout: this rank's place.
+        **hub: ``revision``, ``token`` and the like for a hub id.
+
+    Raises:
+        ValueError: no safetensors files, a tensor is missing, or its shape differs.
+    """
+    files = _files(source, **hub)
+    wanted = _tensors(model)
+    where: dict[str, Path] = {}
+    for path in files:
+        with safetensors.safe_open(path, framework="pt") as file:
+            where |= dict.fromkeys(file.keys(), path)
+    missing = sorted(wanted.keys() - where.keys())
+    if missing:
+        raise ValueError(
+            f"{source}: {len(missing)} tensors of {type(model).__name__} are not in "
+            f"its safetensors files, the first is {missing[0]}. Is it a checkpoint of "
+            "this model type?"
+        )
+    progress = tqdm(
+        sorted(wanted, key=lambda name: where[name]),
+        desc="Reading weight slices",
+        disable=dist.get_rank() != 0,
+    )
+    opened: Path | None = None
+    for name in progress:
+        if where[name] != opened:  # sorted by file: each is opened once
+            opened = where[name]
+            file = safetensors.safe_open(opened, framework="pt")
+        _read(wanted[name], file.get_slice(name), f"{source}: {name}", layout)
+
+
+@torch.no_grad()
+def _read(tensor: Tensor, stored: Any, name: str, layout: Layout) -> None:
+    dim, shape = partition_dim(tensor), list(stored.get_shape())
+    if shape != _whole_shape(tensor, layout):
+        raise ValueError(
+            f"{name} is {shape} in the checkpoint and {_whole_shape(tensor, layout)} in"
+            " the model. Was the vocabulary resized, or is it another model?"
+        )
+    if dim is None:
+        tensor.copy_(stored[...])
+        return
+    start = layout.tp_rank * tensor.shape[dim]
+    part = slice(start, start + tensor.shape[dim])
+    tensor.copy_(stored[part] if dim == 0 else stored[:, part])
+
+
+def save_weights(
+    model: PreTrainedModel,
+    folder: str | os.PathLike,
+    layout: Layout,
+    *,
+    max_shard_size: int | str = MAX_SHARD_SIZE,
+) -> None:
+    """Write the whole model as Hugging Face safetensors files, config included.
+
+    Every rank must call it. Rank 0 writes; it holds one file's tensors at a time.
+    """
+    tensors = _tensors(model)
+    whole = {
+        name: torch.empty(_whole_shape(t, layout), dtype=t.dtype, device="meta")
+        for name, t in tensors.items()
+    }
+    plan = split_torch_state_dict_into_shards(whole, max_shard_size=max_shard_size)
+    is_writer = dist.get_rank() == 0
+    folder = Path(folder)
+    if is_writer:
+        folder.mkdir(parents=True, exist_ok=True)
+        model.config.save_pretrained(folder)
+        if model.can_generate() and model.generation_config is not None:
+            model.generation_config.save_pretrained(folder)
+    if layout.dp_rank == 0:  # the other copies are the same
+        for filename, names in plan.filename_to_tensors.items():
+            gathered = {name: _gather(tensors[name], layout) for name in names}
+            if is_writer:
+                partial = folder / f"{filename}.partial"
+                save_file(gathered, partial, metadata={"format": "pt"})
+                os.replace(partial, folder / filename)
+            del gathered
+    if is_writer:
+        _write_index(folder, plan)
+    dist.barrier()
+
+
+def _write_index(folder: Path, plan: Any) -> None:
+    """The index, and no weight file of an earlier save beside it."""
+    kept = set(plan.filename_to_tensors)
+    for path in folder.glob("model*.safetensors"):
+        if path.name not in kept:
+            path.unlink()
+    index = folder / SAFE_WEIGHTS_INDEX_NAME
+    if not plan.is_sharded:
+        index.unlink(missing_ok=True)
+        return
+    content = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+    index.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+
+
+def _gather(tensor: Tensor, layout: Layout) -> Tensor | None:
+    """The whole tensor on rank 0, in CPU memory; None elsewhere."""
+    dim, local = partition_dim(tensor), tensor.detach()
+    if dim is None or layout.tp_size == 1:
+        return local.cpu().contiguous().clone() if layout.tp_rank == 0 else None
+    parts = None
+    if layout.tp_rank == 0:
+        parts = [torch.empty_like(local) for _ in range(layout.tp_size)]
+    first = dist.get_global_rank(layout.tp_group, 0)
+    dist.gather(local.contiguous(), parts, dst=first, group=layout.tp_group)
+    return None if parts is None else torch.cat([p.cpu() for p in parts], dim=dim)
+
+
+def partition_dim(tensor: Tensor) -> int | None:
+    """The dimension a parameter is split along; None: every rank holds it whole."""
+    is_shard = getattr(tensor, "tensor_model_parallel", False)
+    return tensor.partition_dim if is_shard else None  # type: ignore[attr-defined]
+
+
+def _whole_shape(tensor: Tensor, layout: Layout) -> list[int]:
+    shape, dim = list(tensor.shape), partition_dim(tensor)
+    if dim is not None:
+        shape[dim] *= layout.tp_size
+    return shape
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    """What a checkpoint holds, by name; of tied parameters the first."""
+    tensors: dict[str, Tensor] = {}
+    seen = set()
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if id(tensor) not in seen:
+            seen.add(id(tensor))
+            tensors[name] = tensor
+    return tensors
+
+
+def _files(source: str | os.PathLike, **hub: Any) -> list[Path]:
+    source = str(source)
+    options = {**hub, "_raise_exceptions_for_missing_entries": False}
+    single = cached_file(source, SAFE_WEIGHTS_NAME, **options)
+    if single is not None:
+        return [Path(single)]
+    index = cached_file(source, SAFE_WEIGHTS_INDEX_NAME, **options)
+    if index is None:
+        raise ValueError(
+            f"base_model: {source} has no safetensors files, and tensor parallelism "
+            "reads slices of those. Save it once with transformers' save_pretrained."
+        )
+    paths, _ = get_checkpoint_shard_files(source, index, **hub)
+    return [Path(path) for path in paths]
