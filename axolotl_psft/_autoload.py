@@ -3,7 +3,8 @@
 torch runs :func:`activate` at import, in every rank (entry-point group
 `torch.backends`; TORCH_DEVICE_BACKEND_AUTOLOAD=0 turns it off). It imports nothing but
 the standard library, never raises, and changes two functions of Axolotl once their
-modules are imported.
+modules are imported. An Axolotl with the patches of patches/ needs neither change: it
+is told by a name that each patch brings, and stays as it is.
 """
 
 import functools
@@ -22,7 +23,7 @@ _MARK = "_axolotl_psft_original"
 def _patch_load_plugin(module: ModuleType) -> None:
     """Let ``load_plugin`` resolve the bare package name."""
     original = module.load_plugin
-    if hasattr(original, _MARK):
+    if hasattr(original, _MARK) or hasattr(module, "PLUGIN_ENTRY_POINT_GROUP"):
         return
 
     @functools.wraps(original)
@@ -52,7 +53,7 @@ def _is_misspelt(plugin_name: str) -> bool:
 def _patch_validate_config(module: ModuleType) -> None:
     """Refuse a `psft:` block whose plugin is not loaded: Axolotl would drop it."""
     original = module.validate_config
-    if hasattr(original, _MARK):
+    if hasattr(original, _MARK) or hasattr(module, "refuse_unknown_blocks"):
         return
 
     @functools.wraps(original)

@@ -41,8 +41,13 @@ def write_tokenizer(folder: Path) -> Any:
 
 def qwen3(**overrides: Any) -> Any:
     """A random two-layer Qwen3, the same at every call."""
+    return causal_lm("qwen3", **overrides)
+
+
+def causal_lm(model_type: str, **overrides: Any) -> Any:
+    """A random two-layer model of a Hugging Face family, the same at every call."""
     import torch
-    from transformers import Qwen3Config, Qwen3ForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(0)
     options = {
@@ -55,18 +60,21 @@ def qwen3(**overrides: Any) -> Any:
         "tie_word_embeddings": True,
         "bos_token_id": None,
     }
-    return Qwen3ForCausalLM(Qwen3Config(**{**options, **overrides}))
+    config = AutoConfig.for_model(model_type, **{**options, **overrides})
+    return AutoModelForCausalLM.from_config(config)
 
 
-def write_model(folder: Path, tokenizer: Any = None, **overrides: Any) -> Path:
-    """A random Qwen3 with its tokenizer, saved as users' models are."""
+def write_model(
+    folder: Path, tokenizer: Any = None, model_type: str = "qwen3", **overrides: Any
+) -> Path:
+    """A random model with its tokenizer, saved as users' models are."""
     tokenizer = write_tokenizer(folder) if tokenizer is None else tokenizer
     ids = {
         "vocab_size": len(tokenizer),
         "pad_token_id": tokenizer.pad_token_id,
         "eos_token_id": tokenizer.eos_token_id,
     }
-    model = qwen3(**{**ids, **overrides})
+    model = causal_lm(model_type, **{**ids, **overrides})
     model.generation_config.do_sample = True
     model.save_pretrained(folder)
     return folder

@@ -91,7 +91,9 @@ class MegatronStep:
     ) -> None:
         self.layout = layout
         dtype = model.get_input_embeddings().weight.dtype
-        distributed = layout.dp_size > 1
+        # Megatron's distributed optimizer, which splits moments and float32 weights
+        # over the data-parallel ranks, knows Adam only; SGD has no moments.
+        distributed = layout.dp_size > 1 and settings.name == "adam"
         config = _step_config(model, layout, dtype)
         ddp_config = DistributedDataParallelConfig(
             # Half-precision gradients of many micro-batches and ranks lose their tail.
