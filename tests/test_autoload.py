@@ -114,6 +114,25 @@ def test_a_failing_import_fails_as_it_did_and_can_be_tried_again(standin: Path):
     check(python(code, standin, PYTHONDONTWRITEBYTECODE="1"))
 
 
+@pytest.mark.parametrize("patched", ["load_plugin", "validate_config"])
+def test_a_patched_axolotl_stays_as_it_is(standin: Path, patched: str):
+    # By the names that the diffs in patches/ bring; test_patches.py has the real ones.
+    name, line = {
+        "load_plugin": ("integrations/base", "PLUGIN_ENTRY_POINT_GROUP = 'group'\n"),
+        "validate_config": ("utils/config", "def refuse_unknown_blocks(): ...\n"),
+    }[patched]
+    file = standin / f"axolotl/{name}.py"
+    file.write_text(line + file.read_text())
+    code = (
+        ACTIVATE
+        + BASE
+        + CONFIG
+        + "for f in (base.load_plugin, config.validate_config):\n"
+        + "    if not hasattr(f, '_axolotl_psft_original'): print(f.__name__)"
+    )
+    assert python(code, standin) == patched
+
+
 def test_without_axolotl_it_does_nothing(tmp_path: Path):
     (tmp_path / "axolotl").mkdir()
     code = (
