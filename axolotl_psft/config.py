@@ -279,7 +279,6 @@ def check_combination(cfg: Mapping[str, Any]) -> None:
             "the old log-probs belong to. Use `adapter: lora` without relora",
         )
 
-
     _check_tensor_parallel(cfg)
 
 

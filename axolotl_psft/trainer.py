@@ -39,8 +39,15 @@ LOG = get_logger(__name__)
 _PROGRESS_AFTER_SECONDS = 5.0
 
 
+_FAILURE_KEY = "axolotl_psft.failure"
+
+
 class NonFiniteLossError(RuntimeError):
     """The loss or the gradient norm became NaN or infinite; names step and rank."""
+
+
+class PeerFailedError(RuntimeError):
+    """Another rank failed first; carries its message."""
 
 
 class _PerplexityOfNll(Trainer):
@@ -342,6 +349,29 @@ class PSFTTrainer(AxolotlTrainer, _PerplexityOfNll):  # type: ignore[misc]
         return nll / num_tokens.clamp(min=1)
 
     # ---- Safety ----
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """The Trainer's; where several ranks fail, all name the one that was first."""
+        try:
+            return super().train(*args, **kwargs)
+        except Exception as error:
+            self._name_first_failure(error)
+            raise
+
+    def _name_first_failure(self, error: Exception) -> None:
+        # A rank that dies takes its connections with it, and the others then fail with
+        # nothing to say but that.
+        if not dist.is_initialized() or isinstance(error, NonFiniteLossError):
+            return
+        store = dist.distributed_c10d._get_default_store()
+        rank, size = self.args.process_index, self.args.world_size
+        if not store.check([_FAILURE_KEY]):
+            text = (
+                f"rank {rank} of {size} failed first: {type(error).__name__}: {error}"
+            )
+            store.set(_FAILURE_KEY, text)
+            return
+        raise PeerFailedError(store.get(_FAILURE_KEY).decode()) from error
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         # The last thing before optimizer.step().

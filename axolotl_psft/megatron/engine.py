@@ -102,4 +102,3 @@ def _guard_methods(model: Any) -> None:
     model.save_pretrained = save_pretrained
     model.resize_token_embeddings = resize_token_embeddings
     model.tie_weights = tie_weights
-

@@ -173,7 +173,9 @@ class Embedding(VocabParallelEmbedding):
         output = super().forward(ids)
         if self.padding_idx is None:
             return output
-        return torch.where((ids == self.padding_idx)[..., None], output.detach(), output)
+        return torch.where(
+            (ids == self.padding_idx)[..., None], output.detach(), output
+        )
 
 
 class _Factory:
@@ -198,7 +200,7 @@ class _Factory:
     def _config(self, sequence_parallel: bool = False) -> ModelParallelConfig:
         return ModelParallelConfig(**self.options, sequence_parallel=sequence_parallel)
 
-    def column(self, name: str, linear: nn.Module) -> ColumnLinear:
+    def column(self, name: str, linear: Any) -> ColumnLinear:
         _expect(name, linear, nn.Linear)
         layer = ColumnLinear(
             linear.in_features,
@@ -212,7 +214,7 @@ class _Factory:
         )
         return _mark_shards(layer, weight=0, bias=0)
 
-    def row(self, name: str, linear: nn.Module) -> RowLinear:
+    def row(self, name: str, linear: Any) -> RowLinear:
         _expect(name, linear, nn.Linear)
         layer = RowLinear(
             linear.in_features,
@@ -225,7 +227,7 @@ class _Factory:
         )
         return _mark_shards(layer, weight=1)
 
-    def head(self, name: str, linear: nn.Module) -> Head:
+    def head(self, name: str, linear: Any) -> Head:
         _expect(name, linear, nn.Linear)
         layer = Head(
             linear.in_features,
@@ -237,7 +239,7 @@ class _Factory:
         )
         return _mark_shards(layer, weight=0, bias=0)
 
-    def embedding(self, name: str, module: nn.Module) -> Embedding:
+    def embedding(self, name: str, module: Any) -> Embedding:
         _expect(name, module, nn.Embedding)
         layer = Embedding(
             module.num_embeddings,
@@ -267,10 +269,9 @@ def _mark_shards(layer: Any, **dims: int) -> Any:
     # count as a replica in the gradient norm.
     for name, dim in dims.items():
         parameter = getattr(layer, name)
-        if parameter is not None:
-            # A bias has its marks already, and a second call is refused.
-            if not hasattr(parameter, "tensor_model_parallel"):
-                set_tensor_model_parallel_attributes(parameter, True, dim, 1)
+        # A bias may have its marks already, and a second call is refused.
+        if parameter is not None and not hasattr(parameter, "tensor_model_parallel"):
+            set_tensor_model_parallel_attributes(parameter, True, dim, 1)
     return layer
 
 
@@ -360,7 +361,7 @@ class _Sequence:
         self.group, self.size = layout.tp_group, layout.tp_size
         self.length = 0
 
-    def install(self, base: nn.Module) -> None:
+    def install(self, base: Any) -> None:
         if not hasattr(base, "layers") or not hasattr(base, "norm"):
             raise ValueError(
                 f"psft.sequence_parallel: a {type(base).__name__} has no `layers` and "

@@ -90,7 +90,7 @@ class MegatronStep:
         self, model: PreTrainedModel, layout: Layout, settings: OptimizerSettings
     ) -> None:
         self.layout = layout
-        dtype = model.get_input_embeddings().weight.dtype
+        dtype = next(model.parameters()).dtype
         # Megatron's distributed optimizer, which splits moments and float32 weights
         # over the data-parallel ranks, knows Adam only; SGD has no moments.
         distributed = layout.dp_size > 1 and settings.name == "adam"

@@ -1,4 +1,4 @@
-"""MegatronPSFTTrainer: the PSFT trainer whose step, weights and checkpoints are sharded.
+"""MegatronPSFTTrainer: PSFT whose step, weights and checkpoints are sharded.
 
 Objective, windows, metrics and data order are the base class's (trainer.py one level
 up). Here is what the Trainer must do otherwise when no rank has the whole model.
@@ -31,6 +31,9 @@ class MegatronPSFTTrainer(PSFTTrainer):
 
     The model must have parallel layers (megatron/layers.py); the plugin sees to that.
     """
+
+    model: Any
+    lr_scheduler: Any
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -143,14 +146,16 @@ class MegatronPSFTTrainer(PSFTTrainer):
         self, output_dir: str | None = None, _internal_call: bool = False
     ) -> None:
         """Gather and write; every rank must call it."""
-        output_dir = output_dir or self.args.output_dir
-        save_weights(self.model, output_dir, self.layout)
+        folder = str(output_dir or self.args.output_dir)
+        save_weights(self.model, folder, self.layout)
         if self.args.should_save:
             if self.processing_class is not None:
-                self.processing_class.save_pretrained(output_dir)
-            torch.save(self.args, os.path.join(output_dir, TRAINING_ARGS_NAME))
+                self.processing_class.save_pretrained(folder)
+            torch.save(self.args, os.path.join(folder, TRAINING_ARGS_NAME))
         if self.args.push_to_hub and not _internal_call:
-            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+            self.push_to_hub(
+                commit_message="Model save", revision=self.args.hub_revision
+            )
 
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: nn.Module | None = None
@@ -163,7 +168,7 @@ class MegatronPSFTTrainer(PSFTTrainer):
             f"Loading best model from {self.state.best_model_checkpoint} "
             f"(score: {self.state.best_metric})."
         )
-        load_weights(self.model, self.state.best_model_checkpoint, self.layout)
+        load_weights(self.model, str(self.state.best_model_checkpoint), self.layout)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         assert self._megatron is not None

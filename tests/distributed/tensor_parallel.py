@@ -77,7 +77,7 @@ def tp_config(models: Path, output: Path, tp_size: int, **overrides: Any) -> Any
         psft.pop("sequence_parallel", None)
     family = overrides.pop("base_model", "qwen3")
     options = {
-        "base_model": str(models / family),
+        "base_model": str(models / family) if family in FAMILIES else family,
         # transformers makes a Llama's tokenizer out of any file beside a Llama.
         "tokenizer_config": str(models / "qwen3"),
         "psft": psft,
@@ -137,6 +137,146 @@ def evaluated(models: Path, output: Path, tp_size: int) -> list[float]:
     )
     history = run(cfg).state.log_history
     return [entry["eval_loss"] for entry in history if "eval_loss" in entry]
+
+
+DROPOUT = {"overrides_of_model_config": {"attention_dropout": 0.2}, **PACKED}
+
+
+def resumed(models: Path, output: Path, tp_size: int) -> dict[str, Any]:
+    """Adam, dropout and packing; resumed mid-window, at a window's end, in epoch 2."""
+    options: dict[str, Any] = {**ADAM, **DROPOUT, "gradient_checkpointing": True}
+    whole = run(tp_config(models, output / "whole", tp_size, **options, **SAVE))
+    results = {"whole": logs(whole)}
+    for step in (7, 12, 19):
+        checkpoint = output / "whole" / "run" / f"checkpoint-{step}"
+        cfg = tp_config(
+            models,
+            output / str(step),
+            tp_size,
+            resume_from_checkpoint=str(checkpoint),
+            **options,
+        )
+        results[str(step)] = logs(run(cfg), step)
+    return results
+
+
+def dropout(models: Path, output: Path, tp_size: int) -> dict[str, Any]:
+    """Recomputation must draw the masks of the first computation again."""
+    return {
+        str(recompute): logs(
+            run(
+                tp_config(
+                    models,
+                    output / str(recompute),
+                    tp_size,
+                    gradient_checkpointing=recompute,
+                    **DROPOUT,
+                )
+            )
+        )
+        for recompute in (False, True)
+    }
+
+
+def half(models: Path, output: Path, tp_size: int) -> dict[str, Any]:
+    """bfloat16 weights; learning rates too small for them must still add up."""
+    import transformers.training_args
+
+    # transformers wants a GPU for it, or use_cpu, which Axolotl does not pass on.
+    transformers.training_args.is_torch_bf16_gpu_available = lambda: True
+    options = {**ADAM, "learning_rate": 1e-5, "bfloat16": True, "max_steps": 12}
+    trainer = run(tp_config(models, output, tp_size, **options, **SAVE))
+    checkpoint = output / "run" / "checkpoint-7"
+    cfg = tp_config(
+        models,
+        output / "resumed",
+        tp_size,
+        resume_from_checkpoint=str(checkpoint),
+        **options,
+    )
+    results = {"whole": logs(trainer), "resumed": logs(run(cfg), 7)}
+    if tp_size > 1:
+        groups = trainer._megatron._main_groups()
+        main = [p for group in groups for p in group]
+        results["main"] = sorted({str(p.dtype) for p in main})
+        results["gradients"] = sorted(
+            {str(p.main_grad.dtype) for p in trainer.model.parameters()}
+        )
+        results["weights"] = sorted({str(p.dtype) for p in trainer.model.parameters()})
+    return results
+
+
+def stopped_early(models: Path, output: Path, tp_size: int) -> dict[str, Any]:
+    """Axolotl's early stopping, its best checkpoint and a schedule, on all ranks."""
+    cfg = tp_config(
+        models,
+        output,
+        tp_size,
+        # Away from the minimum from the start: no evaluation is better than the first.
+        learning_rate=3.0,
+        max_grad_norm=0.0,
+        lr_scheduler="cosine",
+        warmup_steps=2,
+        save_strategy=None,
+        save_steps=2,
+        eval_steps=2,
+        early_stopping_patience=2,
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_loss",
+        greater_is_better=False,
+        eval_batch_size=4,
+        **eval_data(models),
+    )
+    trainer = run(cfg)
+    history = trainer.state.log_history
+    return {
+        "steps": trainer.state.global_step,
+        "best": Path(trainer.state.best_model_checkpoint).name,
+        "eval": [e["eval_loss"] for e in history if "eval_loss" in e],
+        "rates": [e["learning_rate"] for e in train_logs(trainer)],
+    }
+
+
+def other_layout(models: Path, output: Path, tp_size: int) -> dict[str, Any]:
+    """Resume at half the tensor-parallel size: refused; as a new run's start: fine."""
+    options: dict[str, Any] = {**ADAM, "max_steps": 3, "num_epochs": 1}
+    run(tp_config(models, output / "a", tp_size, **options, **SAVE))
+    checkpoint = str(output / "a" / "run" / "checkpoint-2")
+    other = tp_size // 2
+    try:
+        run(
+            tp_config(
+                models,
+                output / "b",
+                other,
+                resume_from_checkpoint=checkpoint,
+                **options,
+            )
+        )
+        error = "no error"
+    except RuntimeError as caught:
+        error = f"{type(caught).__name__}: {caught}"
+    restarted = run(
+        tp_config(models, output / "c", other, **options | {"max_steps": 1})
+    )
+    options["base_model"] = checkpoint
+    continued = run(tp_config(models, output / "d", other, **options))
+    nll = [column[2] for column in (logs(restarted)[0], logs(continued)[0])]
+    return {"error": error, "nll": nll}
+
+
+def one_rank_fails(models: Path, output: Path, tp_size: int) -> None:
+    from axolotl_psft.trainer import PSFTTrainer
+
+    original = PSFTTrainer._loss
+
+    def poisoned(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.state.global_step == 2 and self.args.process_index == 1:
+            raise RuntimeError("rank 1 met a bad sample")
+        return original(self, *args, **kwargs)
+
+    PSFTTrainer._loss = poisoned
+    run(tp_config(models, output, tp_size))
 
 
 if __name__ == "__main__":

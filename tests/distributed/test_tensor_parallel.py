@@ -1,0 +1,213 @@
+"""Whole tensor-parallel runs through `accelerate launch` against dense ones."""
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.testing import assert_close
+from transformers import AutoModelForCausalLM
+
+from tests.commands import finish, start
+from tests.distributed.tensor_parallel import (
+    DATA_PARALLEL,
+    RUNS,
+    dense,
+    evaluated,
+    logs,
+    tp_config,
+    write_models,
+)
+from tests.tiny import run
+
+pytestmark = pytest.mark.timeout(1200)
+
+# 20 optimizer steps; measured: 4e-7. Sums of shards in another order.
+CLOSE = {"rtol": 1e-5, "atol": 1e-6}
+AT_4 = ["qwen3", "llama", "accumulated", "sequence"]
+
+
+def launch(num_processes: int, module: str, *args: str) -> str:
+    accelerate = str(Path(sys.executable).parent / "accelerate")
+    options = f"launch --multi_gpu --num_processes {num_processes} --num_machines 1"
+    options += " --mixed_precision no --main_process_port 0 -m"
+    env = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    return finish(start([accelerate, *options.split(), module, *args], env, Path.cwd()))
+
+
+class Ranks:
+    """Results of a launch, by name; rank 0's unless said."""
+
+    def __init__(
+        self, models: Path, output: Path, world_size: int, tp_size: int, *names: str
+    ) -> None:
+        self.output = output
+        module = "tests.distributed.tensor_parallel"
+        launch(world_size, module, str(models), str(output), str(tp_size), *names)
+        self.ranks = [
+            json.loads((output / f"rank{rank}.json").read_text())
+            for rank in range(world_size)
+        ]
+
+    def __getitem__(self, name: str) -> Any:
+        return self.ranks[0][name]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_models(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture(scope="module")
+def two(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Ranks:
+    scenarios = ["evaluated", "resumed", "dropout", "half", "stopped_early"]
+    output = tmp_path_factory.mktemp("two")
+    return Ranks(models, output, 2, 2, *RUNS, *scenarios)
+
+
+@pytest.fixture(scope="module")
+def four(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Ranks:
+    output = tmp_path_factory.mktemp("four")
+    return Ranks(models, output, 4, 4, *AT_4, "other_layout")
+
+
+@pytest.fixture(scope="module")
+def two_by_two(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Ranks:
+    output = tmp_path_factory.mktemp("two-by-two")
+    return Ranks(models, output, 4, 2, *DATA_PARALLEL, "evaluated")
+
+
+@pytest.fixture(scope="module")
+def alone(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Dense runs, each made once: a function of the name."""
+    output = tmp_path_factory.mktemp("dense")
+    options = RUNS | {name: dense(run) for name, run in DATA_PARALLEL.items()}
+    made: dict[str, list[list[float]]] = {}
+
+    def result(name: str) -> tuple[list[list[float]], Path]:
+        if name not in made:
+            made[name] = logs(run(tp_config(models, output / name, 1, **options[name])))
+        return made[name], output / name / "run"
+
+    return result
+
+
+def check(ranks: Ranks, alone: Any, name: str) -> None:
+    expected, folder = alone(name)
+    assert len(expected) == 20
+    assert max(clip_frac for *_, clip_frac, _ in expected) > 0.1
+    assert_close(torch.tensor(ranks[name]), torch.tensor(expected), **CLOSE)
+    ours = ranks.output / name / "run"
+    assert_close(weights(ours), weights(folder), **CLOSE)
+    # Replicas see the same gradients, to the last bit.
+    digests = [rank[f"{name}: replicas"] for rank in ranks.ranks]
+    assert digests[0]
+    assert all(digest == digests[0] for digest in digests)
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_tp_2_equals_dense(two: Ranks, alone: Any, name: str) -> None:
+    check(two, alone, name)
+
+
+@pytest.mark.parametrize("name", AT_4)
+def test_tp_4_equals_dense(four: Ranks, alone: Any, name: str) -> None:
+    check(four, alone, name)
+
+
+@pytest.mark.parametrize("name", DATA_PARALLEL)
+def test_tp_2_by_dp_2_equals_dense(two_by_two: Ranks, alone: Any, name: str) -> None:
+    check(two_by_two, alone, name)
+
+
+def test_transformers_loads_what_was_saved(two: Ranks, alone: Any) -> None:
+    for name in ("qwen3", "llama"):  # tied and not
+        folder = two.output / name / "run"
+        model, info = AutoModelForCausalLM.from_pretrained(
+            folder, output_loading_info=True
+        )
+        assert not any(info[key] for key in ("missing_keys", "unexpected_keys"))
+        ids = torch.arange(5, 14)[None]
+        reference = AutoModelForCausalLM.from_pretrained(alone(name)[1])
+        # Weights differ by 1e-5 at most, logits of two layers little more.
+        assert_close(model(ids).logits, reference(ids).logits, rtol=1e-4, atol=1e-5)
+        files = {path.name for path in folder.iterdir()}
+        assert {"config.json", "generation_config.json", "tokenizer.json"} <= files
+
+
+def test_eval_loss_counts_every_sample_once(
+    two: Ranks, two_by_two: Ranks, models: Path, tmp_path: Path
+) -> None:
+    expected = evaluated(models, tmp_path, 1)
+    assert len(expected) == 3
+    assert two["evaluated"] == pytest.approx(expected, rel=1e-5)
+    # Two ranks of 13 samples: accelerate repeats some. The first evaluation is before
+    # any step; later ones follow steps of other sizes.
+    assert two_by_two["evaluated"][0] == pytest.approx(expected[0], rel=1e-6)
+
+
+def test_resumes_to_the_last_bit(two: Ranks) -> None:
+    result = two["resumed"]
+    for step in (7, 12, 19):
+        assert result[str(step)] == result["whole"][step:], step
+
+
+def test_recomputation_repeats_dropout(two: Ranks) -> None:
+    result = two["dropout"]
+    assert result["True"] == result["False"]
+    assert result["False"] != two["sequence"], "there was dropout"
+
+
+def test_half_precision_keeps_float32_weights_and_gradients(two: Ranks) -> None:
+    result = two["half"]
+    assert result["weights"] == ["torch.bfloat16"]
+    assert result["main"] == result["gradients"] == ["torch.float32"]
+    assert result["resumed"] == result["whole"][7:]
+
+
+def test_schedule_early_stopping_and_best_checkpoint(two: Ranks) -> None:
+    result = two["stopped_early"]
+    assert result["steps"] == 6
+    assert result["best"] == "checkpoint-2"
+    assert result["rates"][:3] == [0.0, 1.5, 3.0]
+    assert result["rates"][3] < 3.0
+
+
+def test_another_layout_is_refused_for_the_optimizer_only(four: Ranks) -> None:
+    result = four["other_layout"]
+    assert result["error"].startswith("OptimizerFileError")
+    assert "tensor parallel 2 x data parallel 2" in result["error"]
+    fresh, continued = result["nll"]
+    assert continued != fresh
+
+
+def test_a_failing_rank_ends_all_with_its_message(models: Path, tmp_path: Path) -> None:
+    started = time.monotonic()
+    with pytest.raises(AssertionError) as caught:
+        Ranks(models, tmp_path, 2, 2, "one_rank_fails")
+    message = "PeerFailedError: rank 1 of 2 failed first: RuntimeError: rank 1 met a"
+    assert message in str(caught.value)
+    # Far from the time-out of a collective (120 s): nobody waited for the dead rank.
+    assert time.monotonic() - started < 100
+
+
+def test_an_impossible_layout_stops_before_weights(
+    models: Path, tmp_path: Path
+) -> None:
+    environment = os.environ.copy()
+    try:
+        os.environ["WORLD_SIZE"] = "2"
+        with pytest.raises(ValueError, match="does not divide the number of processes"):
+            run(tp_config(models, tmp_path, 4))
+    finally:
+        os.environ.clear()
+        os.environ.update(environment)
