@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from axolotl_psft.megatron.cpu import stand_ins
 from axolotl_psft.megatron.groups import Layout
 
 TESTED_MODEL_TYPES = ("llama", "qwen2", "qwen3", "mistral")
@@ -102,7 +103,7 @@ def parallelize(
     check_model(model.config, layout.tp_size)
     make = _Factory(layout, dtype, device, sequence_parallel)
     prefix = model.base_model_prefix
-    plan = model.config.base_model_tp_plan
+    plan = model.config.base_model_tp_plan or {}
     styles = {f"{prefix}.{pattern}": style for pattern, style in plan.items()}
     # Not in every plan.
     styles[f"{prefix}.embed_tokens"] = _EMBEDDING
@@ -161,7 +162,8 @@ class Head(ColumnParallelLinear):
     get_extra_state = nn.Module.get_extra_state
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
-        return super().forward(x)[0]
+        with stand_ins():  # generation comes here without the step's
+            return super().forward(x)[0]
 
 
 class Embedding(VocabParallelEmbedding):

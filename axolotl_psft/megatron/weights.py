@@ -111,9 +111,11 @@ def save_weights(
             gathered = {name: _gather(tensors[name], layout) for name in names}
             if is_writer:
                 partial = folder / f"{filename}.partial"
-                save_file(gathered, partial, metadata={"format": "pt"})
+                content = {k: v for k, v in gathered.items() if v is not None}
+                save_file(content, partial, metadata={"format": "pt"})
                 os.replace(partial, folder / filename)
-            del gathered
+                del content
+            del gathered  # before the next file's are
     if is_writer:
         _write_index(folder, plan)
     dist.barrier()
