@@ -288,19 +288,19 @@ def tensor_parallel_size(cfg: Mapping[str, Any]) -> int:
     Raises:
         ValueError: it is not a whole number of at least 1.
     """
-    value = cfg.get("tensor_parallel_size")
-    if value in (None, 1, "1"):
+    value = cfg.get("tensor_parallel_size") or 1
+    if value in (1, "1"):
         value = cfg.get("psft_tensor_parallel_size") or 1
     try:
-        size = 0 if isinstance(value, bool) else int(value)
+        size = float(value)
     except (TypeError, ValueError):
-        size = 0
-    if size < 1:
+        size = 0.0
+    if size < 1 or not size.is_integer():
         raise ValueError(
             f"tensor_parallel_size must be a whole number >= 1, got {value!r}. Use the "
             "number of GPUs that share one copy of the model; 1 for none."
         )
-    return size
+    return int(size)
 
 
 def _check_tensor_parallel(cfg: Mapping[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 import logging
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -121,7 +122,7 @@ def test_unknown_key(key: Any, hint: str):
         PSFTConfig.model_validate({key: 4})
     expected = (
         f"psft.{key} is not a setting, got 4. {hint}Known settings: epsilon, "
-        "epsilon_high, refresh_steps, sft_warmup_steps, objective."
+        "epsilon_high, refresh_steps, sft_warmup_steps, sequence_parallel, objective."
     )
     assert expected in str(caught.value)
 
@@ -132,6 +133,7 @@ def test_defaults():
         "epsilon_high": None,
         "refresh_steps": 8,
         "sft_warmup_steps": 0,
+        "sequence_parallel": False,
         "objective": "psft",
     }
 
@@ -148,7 +150,7 @@ def test_numbers_that_yaml_takes_for_text():
     block = yaml.safe_load("{epsilon: 2e-1, epsilon_high: '0.3', refresh_steps: 1e1}")
     assert block["epsilon"] == "2e-1" and block["refresh_steps"] == "1e1"
     settings = PSFTConfig(**block, sft_warmup_steps=2.0)
-    assert settings.model_dump(exclude={"objective"}) == {
+    assert settings.model_dump(exclude={"objective", "sequence_parallel"}) == {
         "epsilon": 0.2,
         "epsilon_high": 0.3,
         "refresh_steps": 10,
@@ -193,7 +195,6 @@ REFUSED = {
     "context_parallel_size": 2,
     "sequence_parallel_degree": 2,
     "expert_parallel_size": 2,
-    "tensor_parallel_size": 2,
     "trainer_cls": "my.Trainer",
     "processor_type": "AutoProcessor",
     "relora": True,
@@ -236,6 +237,104 @@ def test_the_same_option_turned_off_is_fine(key: str):
 def test_multimodal_is_refused_however_it_was_found():
     with pytest.raises(ValueError, match="multimodal models are not supported yet"):
         check_combination({"psft": {}, "is_multimodal": True})
+
+
+# ---- Tensor parallelism ----
+
+
+def test_tensor_parallel_size_is_moved_out_of_axolotls_sight(
+    tiny: Path, tmp_path: Path
+):
+    psft = {"sequence_parallel": True}
+    cfg = load(config(tiny, tmp_path, tensor_parallel_size=2, psft=psft))
+    assert cfg.psft_tensor_parallel_size == 2
+    # Axolotl would start its own where it sees more than 1.
+    assert cfg.tensor_parallel_size == 1
+    assert cfg.psft["sequence_parallel"] is True
+    dense = load(config(tiny, tmp_path, tensor_parallel_size=1))
+    assert not dense.psft_tensor_parallel_size
+
+
+@pytest.mark.parametrize("key", psft_config._NOT_TENSOR_PARALLEL)
+def test_what_tensor_parallelism_excludes(key: str):
+    block = {"psft": {}, key: "value", "optimizer": "adamw_torch"}
+    check_combination(block)
+    message = f"{key}: value cannot be combined with tensor_parallel_size: 2: "
+    with pytest.raises(ValueError, match=message) as caught:
+        check_combination({**block, "tensor_parallel_size": 2})
+    assert any(word in str(caught.value) for word in ("Remove", "Set it", "Use "))
+    # Also where an earlier validation has moved it.
+    with pytest.raises(ValueError, match=message):
+        check_combination({**block, "psft_tensor_parallel_size": 2})
+
+
+def test_optimizers_of_tensor_parallelism():
+    block = {"psft": {}, "tensor_parallel_size": 2}
+    for name in (None, "adamw_torch", "adamw_torch_fused", "sgd"):
+        check_combination({**block, "optimizer": name})
+    with pytest.raises(ValueError, match=r"optimizer: lion cannot .* adamw_torch, "):
+        check_combination({**block, "optimizer": "lion"})
+
+
+@pytest.mark.parametrize("value", [-2, 1.5, "two", [2]])
+def test_bad_tensor_parallel_size(value: Any):
+    with pytest.raises(ValueError, match="tensor_parallel_size must be a whole number"):
+        check_combination({"psft": {}, "tensor_parallel_size": value})
+
+
+def test_sequence_parallel_needs_tensor_parallel():
+    with pytest.raises(ValueError, match=r"psft.sequence_parallel: true splits work"):
+        check_combination({"psft": {"sequence_parallel": True}})
+    with pytest.raises(ValueError, match="must be true or false, got 'yes'"):
+        PSFTConfig(sequence_parallel="yes")
+
+
+SPLITTABLE = {
+    "model_type": "llama",
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "intermediate_size": 64,
+    "vocab_size": 100,
+    "base_model_tp_plan": {"layers.*.mlp.up_proj": "colwise"},
+}
+
+
+@pytest.mark.parametrize(
+    "change, tp_size, message",
+    [
+        ({}, 8, "does not divide num_key_value_heads: 4; use a tensor_parallel_size"),
+        ({"num_attention_heads": 6}, 4, "does not divide num_attention_heads: 6"),
+        ({"intermediate_size": 66}, 4, "does not divide intermediate_size: 66"),
+        ({"vocab_size": 101}, 4, "does not divide vocab_size: 101; pad the checkpoint"),
+        ({"base_model_tp_plan": None}, 2, "no base_model_tp_plan"),
+        (
+            {"base_model_tp_plan": {"layers.*.mlp.experts": "moe_tp_experts"}},
+            2,
+            "splits layers.*.mlp.experts as 'moe_tp_experts' (mixture of experts",
+        ),
+        ({"text_config": {"a": 1}}, 2, "multimodal models are not supported"),
+    ],
+)
+def test_models_that_cannot_be_split(
+    change: dict[str, Any], tp_size: int, message: str
+):
+    from axolotl_psft.megatron.layers import check_model
+
+    check_model(SimpleNamespace(**SPLITTABLE), 4)
+    with pytest.raises(ValueError) as caught:
+        check_model(SimpleNamespace(**{**SPLITTABLE, **change}), tp_size)
+    start = f"tensor_parallel_size: {tp_size} with a llama model"
+    assert str(caught.value).startswith(start)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("tp_size, world_size, more", [(4, 2, 4), (2, 3, 4), (8, 1, 8)])
+def test_processes_that_do_not_fit(tp_size: int, world_size: int, more: int):
+    from axolotl_psft.megatron.groups import check_world_size
+
+    check_world_size(tp_size, 2 * tp_size)
+    with pytest.raises(ValueError, match=f"Launch {more}: `accelerate launch"):
+        check_world_size(tp_size, world_size)
 
 
 # ---- Settings without effect ----
