@@ -18,10 +18,11 @@ export AXOLOTL_DO_NOT_TRACK := 1
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help install quickstart test lint clean
+.PHONY: help install quickstart quickstart-tp2 test lint clean
 
 help:
 	@echo "make quickstart  install, make a small model, train it with PSFT and with SFT"
+	@echo "make quickstart-tp2  the same training, the model split over two processes"
 	@echo "make test        install, lint, type-check and test (about 15 minutes)"
 	@echo "make lint        ruff and mypy only"
 	@echo "make clean       remove outputs/ and .venv/"
@@ -48,6 +49,18 @@ quickstart: $(STAMP)
 	@echo "The trained model:   $(OUT)/psft"
 	@echo "Both runs, drawn:    $(OUT)/comparison.png"
 	@echo "Every metric:        $(BIN)/tensorboard --logdir $(OUT)"
+
+# --multi_gpu with ACCELERATE_USE_CPU is how accelerate starts several CPU processes.
+quickstart-tp2: $(STAMP)
+	$(BIN)/python examples/quickstart/prepare.py --output-dir $(OUT)
+	$(BIN)/accelerate launch --multi_gpu --num_processes 2 --num_machines 1 \
+		--mixed_precision no --main_process_port 0 \
+		-m axolotl.cli.train examples/yaml/quickstart-tp2.yaml
+	test ! -d $(OUT)/psft || $(BIN)/python -m axolotl_psft.compare \
+		$(OUT)/psft $(OUT)/psft-tp2 --output $(OUT)/comparison-tp2.png
+	$(BIN)/python examples/quickstart/skills.py $(OUT)/base $(OUT)/psft-tp2
+	@echo
+	@echo "The trained model:   $(OUT)/psft-tp2"
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -15,9 +15,9 @@ GPU_ONLY = {"bf16": False, "tf32": False}
 
 
 def test_there_are_recipes() -> None:
-    assert {"quickstart.yaml", "gsm8k-7b.yaml", "gsm8k-7b-lora.yaml"} <= {
-        path.name for path in RECIPES
-    }
+    names = {path.stem for path in RECIPES}
+    assert {"quickstart", "quickstart-tp2", "gsm8k-7b", "gsm8k-7b-lora"} <= names
+    assert {"llama-8b-tp2", "llama-70b-tp8"} <= names
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
@@ -34,3 +34,28 @@ def test_recipe_is_valid(path: Path, tiny: Path, tmp_path: Path) -> None:
     assert validated.psft.refresh_steps == cfg["psft"]["refresh_steps"]
     assert validated.psft.epsilon_high == cfg["psft"]["epsilon_high"]
     assert set(cfg) <= set(validated), "Axolotl drops keys it does not know"
+    size = cfg.get("tensor_parallel_size", 1)
+    assert (validated.psft_tensor_parallel_size or 1) == size
+
+
+def gigabytes(parameters: float, tp_size: int, dp_size: int) -> float:
+    """Of a rank: bf16 weights, float32 gradients, the distributed optimizer's part."""
+    return parameters / tp_size * (2 + 4 + 12 / dp_size) / 1e9
+
+
+@pytest.mark.parametrize(
+    "name, parameters, dp_size, too_few",
+    [("llama-8b-tp2", 8.03e9, 4, None), ("llama-70b-tp8", 70.55e9, 8, 4)],
+)
+def test_memory_arithmetic(
+    name: str, parameters: float, dp_size: int, too_few: int | None
+) -> None:
+    text = (ROOT / "examples" / "yaml" / f"{name}.yaml").read_text()
+    tp_size = yaml.safe_load(text)["tensor_parallel_size"]
+    total = gigabytes(parameters, tp_size, dp_size)
+    assert total < 80
+    assert f"sum                                           = {total:.1f} GB" in text
+    assert f"tensor parallel {tp_size} " in text and f"data parallel {dp_size}" in text
+    if too_few is not None:
+        needed = gigabytes(parameters, tp_size, too_few)
+        assert f"{too_few} nodes need {needed:.1f} GB" in text

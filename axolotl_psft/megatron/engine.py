@@ -15,6 +15,8 @@ from axolotl_psft.megatron.weights import load_weights, save_weights
 
 LOG = get_logger(__name__)
 
+_SAVED = "_axolotl_psft_saved"
+
 
 def prepare(cfg: Any) -> None:
     """Check layout and model, create the groups, have the model built without weights.
@@ -70,10 +72,17 @@ def finish_loading(cfg: Any, model: PreTrainedModel) -> None:
         parameter.data = parameter.data.to(cfg.torch_dtype)
 
 
-def save(cfg: Any, model: PreTrainedModel) -> None:
-    """Write the trained model; every rank must call it."""
+def save(cfg: Any, model: Any) -> None:
+    """Write the trained model, once; every rank must call it.
+
+    Axolotl 0.19 calls the hook twice: after training, and when it has ended the process
+    group, without which nothing can be gathered.
+    """
+    if getattr(model, _SAVED, False):
+        return
     LOG.info(f"psft: gathering the weights into {cfg.output_dir}.")
     save_weights(model, cfg.output_dir, groups.current())
+    setattr(model, _SAVED, True)
 
 
 def _without_none(**options: Any) -> dict[str, Any]:

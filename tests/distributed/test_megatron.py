@@ -183,6 +183,26 @@ def test_dropout_differs_inside_blocks_and_agrees_outside(tmp_path: Path) -> Non
     assert outside == outside_too
 
 
+# ---------------------------------------------------------------- embedding
+
+
+def embedding_gradient(folder: Path) -> Tensor:
+    model, layout = split("qwen3", folder)
+    embedding = model.get_input_embeddings()
+    assert embedding.padding_idx == 3
+    embedding(torch.tensor([[3, 4, 3, 40]])).sum().backward()
+    assert embedding.weight.grad is not None
+    whole = [torch.empty_like(embedding.weight.grad) for _ in range(TP)]
+    dist.all_gather(whole, embedding.weight.grad, group=layout.tp_group)
+    return torch.cat(whole).sum(1)
+
+
+def test_the_padding_id_gets_no_gradient(tmp_path: Path) -> None:
+    folder = written(tmp_path, pad_token_id=3)
+    for gradient in run_distributed(embedding_gradient, TP, folder):
+        assert gradient.nonzero().flatten().tolist() == [4, 40]
+
+
 # ---------------------------------------------------------------- inference, files
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
@@ -188,6 +189,16 @@ def test_another_layout_is_refused_for_the_optimizer_only(four: Ranks) -> None:
     assert "tensor parallel 2 x data parallel 2" in result["error"]
     fresh, continued = result["nll"]
     assert continued != fresh
+
+
+def test_from_the_command_line(models: Path, tmp_path: Path) -> None:
+    """As users run it: bare plugin name, Axolotl ends the process group itself."""
+    cfg = tp_config(models, tmp_path, 2, plugins=["axolotl_psft"], max_steps=2)
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(cfg))
+    output = launch(2, "axolotl.cli.train", str(tmp_path / "config.yaml"))
+    assert "tensor parallel 2 x data parallel 1" in output
+    assert output.count("gathering the weights") == 1
+    AutoModelForCausalLM.from_pretrained(tmp_path / "run")
 
 
 def test_a_failing_rank_ends_all_with_its_message(models: Path, tmp_path: Path) -> None:
