@@ -41,6 +41,8 @@ _PROGRESS_AFTER_SECONDS = 5.0
 
 _FAILURE_KEY = "axolotl_psft.failure"
 
+_TOKEN_COUNTS = {"tokens/trainable", "tokens/total", "tokens/train_per_sec_per_gpu"}
+
 
 class NonFiniteLossError(RuntimeError):
     """The loss or the gradient norm became NaN or infinite; names step and rank."""
@@ -50,10 +52,16 @@ class PeerFailedError(RuntimeError):
     """Another rank failed first; carries its message."""
 
 
-class _PerplexityOfNll(Trainer):
-    """Comes after Axolotl's `log`, whose ppl is exp(loss): wrong for a surrogate."""
+class _CorrectedLogs(Trainer):
+    """Comes after Axolotl's `log`, and corrects what it cannot know.
+
+    Its ppl is exp(loss), wrong for a surrogate; its token counts take every process for
+    a data-parallel one.
+    """
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        for key in _TOKEN_COUNTS & logs.keys():
+            logs[key] = type(logs[key])(logs[key] / self.get_tp_size())
         if "psft/nll" in logs:
             try:
                 logs["ppl"] = round(math.exp(logs["psft/nll"]), 5)
@@ -62,7 +70,7 @@ class _PerplexityOfNll(Trainer):
         super().log(logs, start_time)
 
 
-class PSFTTrainer(AxolotlTrainer, _PerplexityOfNll):  # type: ignore[misc]
+class PSFTTrainer(AxolotlTrainer, _CorrectedLogs):  # type: ignore[misc]
     """Trains with PSFT, or with SFT and the same metrics (``psft.objective: sft``).
 
     Args:

@@ -124,7 +124,8 @@ def replicas(trainer: Any) -> list[str]:
     ]
 
 
-def evaluated(models: Path, output: Path, tp_size: int) -> list[float]:
+def evaluated(models: Path, output: Path, tp_size: int) -> dict[str, list[float]]:
+    """Losses of evaluations, and Axolotl's counts of tokens."""
     options = {"eval_batch_size": 4, "eval_steps": 2, "save_steps": 2}
     cfg = tp_config(
         models,
@@ -132,11 +133,15 @@ def evaluated(models: Path, output: Path, tp_size: int) -> list[float]:
         tp_size,
         max_steps=4,
         save_strategy=None,
+        include_tkps=True,
         **options,
         **eval_data(models),
     )
     history = run(cfg).state.log_history
-    return [entry["eval_loss"] for entry in history if "eval_loss" in entry]
+    return {
+        key: [entry[key] for entry in history if key in entry]
+        for key in ("eval_loss", "tokens/total", "tokens/trainable")
+    }
 
 
 DROPOUT = {"overrides_of_model_config": {"attention_dropout": 0.2}, **PACKED}

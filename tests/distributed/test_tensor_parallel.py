@@ -145,15 +145,19 @@ def test_transformers_loads_what_was_saved(two: Ranks, alone: Any) -> None:
         assert {"config.json", "generation_config.json", "tokenizer.json"} <= files
 
 
-def test_eval_loss_counts_every_sample_once(
+def test_eval_and_token_counts_take_every_sample_once(
     two: Ranks, two_by_two: Ranks, models: Path, tmp_path: Path
 ) -> None:
     expected = evaluated(models, tmp_path, 1)
-    assert len(expected) == 3
-    assert two["evaluated"] == pytest.approx(expected, rel=1e-5)
+    losses = expected.pop("eval_loss")
+    assert len(losses) == 3 and len(expected["tokens/total"]) == 4
+    assert two["evaluated"].pop("eval_loss") == pytest.approx(losses, rel=1e-5)
+    # Both ranks work on the same tokens.
+    assert two["evaluated"] == expected
     # Two ranks of 13 samples: accelerate repeats some. The first evaluation is before
     # any step; later ones follow steps of other sizes.
-    assert two_by_two["evaluated"][0] == pytest.approx(expected[0], rel=1e-6)
+    first = two_by_two["evaluated"]["eval_loss"][0]
+    assert first == pytest.approx(losses[0], rel=1e-6)
 
 
 def test_resumes_to_the_last_bit(two: Ranks) -> None:
