@@ -5,8 +5,10 @@ metrics (metrics.py), data order (sampling.py). No maths lives here.
 """
 
 import math
+import os
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +19,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from tqdm.auto import tqdm
 from transformers import Trainer
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from axolotl_psft import old_policy
@@ -359,7 +362,14 @@ class PSFTTrainer(AxolotlTrainer, _CorrectedLogs):  # type: ignore[misc]
     # ---- Safety ----
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """The Trainer's; where several ranks fail, all name the one that was first."""
+        """The Trainer's; where several ranks fail, all name the one that was first.
+
+        Raises:
+            ValueError: the checkpoint to resume from was never completed.
+        """
+        resume = kwargs.get("resume_from_checkpoint", args[0] if args else None)
+        if isinstance(resume, (str, os.PathLike)):
+            _check_complete(Path(resume))
         try:
             return super().train(*args, **kwargs)
         except Exception as error:
@@ -473,6 +483,20 @@ class PSFTTrainer(AxolotlTrainer, _CorrectedLogs):  # type: ignore[misc]
         self._train_sums = TokenSums(self.args.device)
         self._score_seconds = 0.0
         return {f"psft/{name}": value for name, value in metrics.items()}
+
+
+def _check_complete(checkpoint: Path) -> None:
+    # The last thing written to a checkpoint.
+    if checkpoint.is_dir() and not (checkpoint / TRAINER_STATE_NAME).is_file():
+        others = sorted(
+            path.parent.name
+            for path in checkpoint.parent.glob(f"checkpoint-*/{TRAINER_STATE_NAME}")
+        )
+        raise ValueError(
+            f"resume_from_checkpoint: {checkpoint} has no {TRAINER_STATE_NAME}: the run"
+            " ended while it was being written. Delete it and resume from a complete "
+            f"one; here are {others or 'none'}."
+        )
 
 
 def _num_active(step: Step) -> Tensor:

@@ -18,27 +18,34 @@ PACKED = {"sample_packing": True, "micro_batch_size": 1}
 SAVE = {"save_strategy": None, "save_steps": 1, "save_total_limit": 100}
 # Every model divides by 4: kv heads, and a vocabulary that the tokenizer does not fill.
 SIZES = {"vocab_size": 64, "num_key_value_heads": 4}
+# With what the family is known for; q and k norms are Qwen3's.
 FAMILIES: dict[str, dict[str, Any]] = {
-    "qwen3": {"tie_word_embeddings": True},
-    "llama": {"tie_word_embeddings": False, "attention_bias": True},
-    "qwen2": {"tie_word_embeddings": True},
-    "mistral": {"tie_word_embeddings": False},
-}
-RUNS: dict[str, dict[str, Any]] = {
     "qwen3": {},
-    "llama": {"base_model": "llama", **PACKED},
-    "qwen2": {"base_model": "qwen2", **PACKED},
-    "mistral": {"base_model": "mistral"},
+    "llama": {"attention_bias": True},
+    "qwen2": {},
+    "mistral": {},
+}
+LLAMA = "llama, untied"
+RUNS: dict[str, dict[str, Any]] = {
+    f"{family}, {tied}, {packed}": {
+        "base_model": f"{family}, {tied}",
+        **(PACKED if packed == "packed" else {}),
+    }
+    for family in FAMILIES
+    for tied in ("tied", "untied")
+    for packed in ("packed", "unpacked")
+}
+RUNS |= {
     "accumulated": {
         **PACKED,
         "gradient_accumulation_steps": 2,
         "gradient_checkpointing": True,
-        "base_model": "llama",
+        "base_model": LLAMA,
     },
     "sequence": {"psft": {"sequence_parallel": True}, **PACKED},
     "sequence, llama": {
         "psft": {"sequence_parallel": True},
-        "base_model": "llama",
+        "base_model": LLAMA,
         "gradient_checkpointing": True,
     },
 }
@@ -53,7 +60,7 @@ DATA_PARALLEL: dict[str, dict[str, Any]] = {
         **ADAM,
     },
 }
-RUNS["adam"] = {"base_model": "llama", **ADAM}
+RUNS["adam"] = {"base_model": LLAMA, **ADAM}
 
 
 def dense(options: dict[str, Any]) -> dict[str, Any]:
@@ -63,7 +70,14 @@ def dense(options: dict[str, Any]) -> dict[str, Any]:
 
 def write_models(folder: Path) -> Path:
     for name, options in FAMILIES.items():
-        write_model(folder / name, model_type=name, **SIZES, **options)
+        for tied in (True, False):
+            write_model(
+                folder / f"{name}, {'tied' if tied else 'untied'}",
+                model_type=name,
+                tie_word_embeddings=tied,
+                **SIZES,
+                **options,
+            )
     write_dataset(folder / "train.jsonl", num_samples=96, seed=0)
     write_dataset(folder / "test.jsonl", num_samples=13, seed=1)
     return folder
@@ -75,11 +89,11 @@ def tp_config(models: Path, output: Path, tp_size: int, **overrides: Any) -> Any
     psft |= overrides.pop("psft", {})
     if tp_size == 1:
         psft.pop("sequence_parallel", None)
-    family = overrides.pop("base_model", "qwen3")
+    model = overrides.pop("base_model", "qwen3, tied")
     options = {
-        "base_model": str(models / family) if family in FAMILIES else family,
+        "base_model": str(models / model),  # an absolute path stays what it is
         # transformers makes a Llama's tokenizer out of any file beside a Llama.
-        "tokenizer_config": str(models / "qwen3"),
+        "tokenizer_config": str(models / "qwen3, tied"),
         "psft": psft,
         "max_steps": 20,
         "num_epochs": 10,
@@ -240,6 +254,76 @@ def stopped_early(models: Path, output: Path, tp_size: int) -> dict[str, Any]:
         "eval": [e["eval_loss"] for e in history if "eval_loss" in e],
         "rates": [e["learning_rate"] for e in train_logs(trainer)],
     }
+
+
+def cut_short(models: Path, output: Path, tp_size: int) -> dict[str, Any]:
+    """A run that ends while it writes a checkpoint, and what can be resumed then."""
+    from axolotl_psft.megatron.step import MegatronStep
+
+    options: dict[str, Any] = {**ADAM, **DROPOUT, "gradient_checkpointing": True}
+    original, saves = MegatronStep.save_optimizer, []
+
+    def interrupted(self: Any, folder: Any) -> None:
+        saves.append(folder)
+        if len(saves) == 6:
+            raise RuntimeError("interrupted")
+        original(self, folder)
+
+    MegatronStep.save_optimizer = interrupted  # type: ignore[method-assign]
+    results = {}
+    folder = output / "first" / "run"
+    try:
+        run(tp_config(models, output / "first", tp_size, **options, **SAVE))
+    except RuntimeError as error:
+        results["error"] = str(error)
+    finally:
+        MegatronStep.save_optimizer = original  # type: ignore[method-assign]
+        _forget_failure()
+
+    def resume(step: int) -> Any:
+        checkpoint = str(folder / f"checkpoint-{step}")
+        return run(
+            tp_config(
+                models,
+                output / f"resumed-{step}",
+                tp_size,
+                resume_from_checkpoint=checkpoint,
+                **options,
+            )
+        )
+
+    try:
+        resume(6)
+    except ValueError as error:
+        results["incomplete"] = str(error)
+    return {**results, "resumed": logs(resume(5), 5)}
+
+
+def different_batches(models: Path, output: Path, tp_size: int) -> str:
+    import axolotl_psft.megatron.trainer as room
+
+    original = room.digest
+    room.digest = lambda batch: original(batch) + os.environ["RANK"]
+    try:
+        run(tp_config(models, output, tp_size))
+    except RuntimeError as error:
+        return str(error)
+    finally:
+        room.digest = original
+        _forget_failure()
+    return "no error"
+
+
+def _forget_failure() -> None:
+    # A process of Axolotl's own ends with its first failure.
+    import torch.distributed as dist
+
+    from axolotl_psft.trainer import _FAILURE_KEY
+
+    dist.barrier()
+    if dist.get_rank() == 0:
+        dist.distributed_c10d._get_default_store().delete_key(_FAILURE_KEY)
+    dist.barrier()
 
 
 def other_layout(models: Path, output: Path, tp_size: int) -> dict[str, Any]:
