@@ -34,21 +34,15 @@ class PSFTPlugin(BasePlugin):
             )
 
     def post_model_build(self, cfg: Any, model: Any) -> None:
-        if _tensor_parallel(cfg):
-            from axolotl_psft.megatron import engine
-
+        if engine := _prepared_engine(cfg):
             engine.build(cfg, model)
 
     def post_model_load(self, cfg: Any, model: Any) -> None:
-        if _tensor_parallel(cfg):
-            from axolotl_psft.megatron import engine
-
+        if engine := _prepared_engine(cfg):
             engine.finish_loading(cfg, model)
 
     def post_train(self, cfg: Any, model: Any) -> None:
-        if _tensor_parallel(cfg):
-            from axolotl_psft.megatron import engine
-
+        if engine := _prepared_engine(cfg):
             engine.save(cfg, model)
 
     def get_trainer_cls(self, cfg: Any) -> type | None:
@@ -78,3 +72,15 @@ class PSFTPlugin(BasePlugin):
 
 def _tensor_parallel(cfg: Any) -> bool:
     return bool(cfg.psft and cfg.psft_tensor_parallel_size)
+
+
+def _prepared_engine(cfg: Any) -> Any:
+    """The tensor-parallel engine in a training run; None elsewhere.
+
+    Axolotl's other commands (inference, merging) load the model of the same YAML whole.
+    """
+    if not _tensor_parallel(cfg):
+        return None
+    from axolotl_psft.megatron import engine
+
+    return engine if engine.is_prepared() else None

@@ -43,6 +43,11 @@ def prepare(cfg: Any) -> None:
     cfg.device_map = {"": "meta"}
 
 
+def is_prepared() -> bool:
+    """Whether :func:`prepare` has been here."""
+    return groups.are_initialized()
+
+
 def build(cfg: Any, model: PreTrainedModel) -> None:
     """Split the model that Axolotl built and read this rank's slices."""
     layout = groups.current()

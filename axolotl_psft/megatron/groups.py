@@ -39,7 +39,7 @@ def initialize(tp_size: int, *, timeout_minutes: float = 30.0) -> Layout:
     """
     world_size = dist.get_world_size() if dist.is_initialized() else 1
     check_world_size(tp_size, world_size)
-    if parallel_state.model_parallel_is_initialized():
+    if are_initialized():
         if parallel_state.get_tensor_model_parallel_world_size() == tp_size:
             return current()
         parallel_state.destroy_model_parallel()
@@ -49,6 +49,11 @@ def initialize(tp_size: int, *, timeout_minutes: float = 30.0) -> Layout:
         create_gloo_process_groups=False,
     )
     return current()
+
+
+def are_initialized() -> bool:
+    """Whether the groups exist."""
+    return parallel_state.model_parallel_is_initialized()
 
 
 def current() -> Layout:

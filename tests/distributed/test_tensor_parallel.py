@@ -24,7 +24,7 @@ from tests.distributed.tensor_parallel import (
     tp_config,
     write_models,
 )
-from tests.tiny import run
+from tests.tiny import load, run
 
 pytestmark = pytest.mark.timeout(1200)
 
@@ -219,6 +219,15 @@ def test_from_the_command_line(models: Path, tmp_path: Path) -> None:
     assert "tensor parallel 2 x data parallel 1" in output
     assert output.count("gathering the weights") == 1
     AutoModelForCausalLM.from_pretrained(tmp_path / "run")
+
+
+def test_inference_loads_the_model_whole(models: Path, tmp_path: Path) -> None:
+    from axolotl.loaders import ModelLoader, load_tokenizer
+
+    cfg = load(tp_config(models, tmp_path, 2))
+    model, _ = ModelLoader(cfg, load_tokenizer(cfg), inference=True).load()
+    assert type(model.lm_head) is torch.nn.Linear
+    assert model(torch.arange(5, 14)[None]).logits.isfinite().all()
 
 
 def test_a_failing_rank_ends_all_with_its_message(models: Path, tmp_path: Path) -> None:
