@@ -21,11 +21,11 @@ export TOKENIZERS_PARALLELISM := false
 .PHONY: help install quickstart quickstart-tp2 test lint clean
 
 help:
-	@echo "make quickstart  install, make a small model, train it with PSFT and with SFT"
-	@echo "make quickstart-tp2  the same training, the model split over two processes"
-	@echo "make test        install, lint, type-check and test (about 15 minutes)"
-	@echo "make lint        ruff and mypy only"
-	@echo "make clean       remove outputs/ and .venv/"
+	@echo "make quickstart      install, make a small model, train it with PSFT and SFT"
+	@echo "make quickstart-tp2  the PSFT run again, the model split over two processes"
+	@echo "make test            install, lint, type-check and test (about 15 minutes)"
+	@echo "make lint            ruff and mypy only"
+	@echo "make clean           remove outputs/ and .venv/"
 
 install: $(STAMP)
 
