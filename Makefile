@@ -23,7 +23,7 @@ export TOKENIZERS_PARALLELISM := false
 help:
 	@echo "make quickstart      install, make a small model, train it with PSFT and SFT"
 	@echo "make quickstart-tp2  the PSFT run again, the model split over two processes"
-	@echo "make test            install, lint, type-check and test (about 15 minutes)"
+	@echo "make test            install, lint, type-check and test (about 20 minutes)"
 	@echo "make lint            ruff and mypy only"
 	@echo "make clean           remove outputs/ and .venv/"
 
