@@ -20,13 +20,19 @@ def stand_ins() -> AbstractContextManager[None]:
     needed = not torch.accelerator.is_available()
     if not needed or hasattr(megatron.core.utils, "current_device"):
         return contextlib.nullcontext()
+    if torch.cuda.current_device is _current_device:  # inside of one already
+        return contextlib.nullcontext()
     return _stand_ins()
+
+
+def _current_device() -> torch.device:
+    return torch.device("cpu")
 
 
 @contextlib.contextmanager
 def _stand_ins() -> Iterator[None]:
     original = torch.cuda.current_device
-    torch.cuda.current_device = lambda: torch.device("cpu")  # type: ignore
+    torch.cuda.current_device = _current_device  # type: ignore[assignment]
     try:
         with _CudaMeansCpu():
             yield

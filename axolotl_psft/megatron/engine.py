@@ -59,9 +59,7 @@ def build(cfg: Any, model: PreTrainedModel) -> None:
         device=device,
         sequence_parallel=cfg.psft["sequence_parallel"],
     )
-    load_weights(
-        model, cfg.base_model, layout, **_without_none(revision=cfg.revision_of_model)
-    )
+    load_weights(model, cfg.base_model, layout, revision=cfg.revision_of_model)
     _guard_methods(model)
     size = sum(p.numel() for p in model.parameters()) / 1e6
     LOG.info(f"psft: this rank holds {size:,.1f} million parameters on {device}.")
@@ -88,10 +86,6 @@ def save(cfg: Any, model: Any) -> None:
     LOG.info(f"psft: gathering the weights into {cfg.output_dir}.")
     save_weights(model, cfg.output_dir, groups.current())
     setattr(model, _SAVED, True)
-
-
-def _without_none(**options: Any) -> dict[str, Any]:
-    return {key: value for key, value in options.items() if value is not None}
 
 
 def _guard_methods(model: Any) -> None:

@@ -109,7 +109,7 @@ def parallelize(
     styles[f"{prefix}.embed_tokens"] = _EMBEDDING
     blocks: dict[str, None] = {}
     for name, module in list(model.named_modules()):
-        style = styles.get(re.sub(r"\.\d+(?=\.|$)", ".*", name))
+        style = styles.get(_pattern(name))
         if style == _COLUMN:
             model.set_submodule(name, make.column(name, module))
             blocks[name.rpartition(".")[0]] = None
@@ -130,6 +130,11 @@ def parallelize(
         _split_dropout(block, layout)
     if sequence is not None:
         sequence.install(model.base_model)
+
+
+def _pattern(name: str) -> str:
+    """A module's name as tp plans write it: layers.3.mlp -> layers.*.mlp."""
+    return re.sub(r"\.\d+(?=\.|$)", ".*", name)
 
 
 class ColumnLinear(ColumnParallelLinear):
@@ -190,7 +195,6 @@ class _Factory:
         device: torch.device,
         sequence_parallel: bool,
     ) -> None:
-        self.layout = layout
         self.sequence_parallel = sequence_parallel
         self.options = {
             "tensor_model_parallel_size": layout.tp_size,
@@ -203,43 +207,38 @@ class _Factory:
         return ModelParallelConfig(**self.options, sequence_parallel=sequence_parallel)
 
     def column(self, name: str, linear: Any) -> ColumnLinear:
-        _expect(name, linear, nn.Linear)
-        layer = ColumnLinear(
-            linear.in_features,
-            linear.out_features,
-            config=self._config(),
-            init_method=_leave,
-            bias=linear.bias is not None,
-            gather_output=False,
-            # The entrance of the block sums the gradients of all its columns at once.
-            disable_grad_reduce=True,
-        )
+        # The entrance of the block sums the gradients of all its columns at once.
+        options = {"gather_output": False, "disable_grad_reduce": True}
+        layer = self._linear(ColumnLinear, name, linear, self._config(), **options)
         return _mark_shards(layer, weight=0, bias=0)
 
     def row(self, name: str, linear: Any) -> RowLinear:
-        _expect(name, linear, nn.Linear)
-        layer = RowLinear(
-            linear.in_features,
-            linear.out_features,
-            config=self._config(self.sequence_parallel),
-            init_method=_leave,
-            bias=linear.bias is not None,
-            input_is_parallel=True,
-            skip_bias_add=False,
-        )
+        config = self._config(self.sequence_parallel)
+        options = {"input_is_parallel": True, "skip_bias_add": False}
+        layer = self._linear(RowLinear, name, linear, config, **options)
         return _mark_shards(layer, weight=1)
 
     def head(self, name: str, linear: Any) -> Head:
+        layer = self._linear(Head, name, linear, self._config(), gather_output=True)
+        return _mark_shards(layer, weight=0, bias=0)
+
+    def _linear(
+        self,
+        kind: type[nn.Module],
+        name: str,
+        linear: Any,
+        config: ModelParallelConfig,
+        **options: Any,
+    ) -> nn.Module:
         _expect(name, linear, nn.Linear)
-        layer = Head(
+        return kind(
             linear.in_features,
             linear.out_features,
-            config=self._config(),
+            config=config,
             init_method=_leave,
             bias=linear.bias is not None,
-            gather_output=True,
+            **options,
         )
-        return _mark_shards(layer, weight=0, bias=0)
 
     def embedding(self, name: str, module: Any) -> Embedding:
         _expect(name, module, nn.Embedding)
@@ -304,7 +303,7 @@ def _mark_partial_gradients(
     `sequence_parallel` is its name for the mark.
     """
     for name, module in model.named_modules():
-        partial = styles.get(re.sub(r"\.\d+(?=\.|$)", ".*", name)) == _PARTIAL_GRAD
+        partial = styles.get(_pattern(name)) == _PARTIAL_GRAD
         for parameter in module.parameters(recurse=False):
             is_shard = getattr(parameter, "tensor_model_parallel", False)
             if not is_shard and (partial or sequence_parallel):
@@ -328,6 +327,18 @@ class _Contiguous(torch.autograd.Function):
         return grad.contiguous()
 
 
+def _before(module: nn.Module, change: Callable[[Tensor], Tensor]) -> None:
+    """Let ``change`` see the hidden states before ``module`` does."""
+
+    def hook(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        if "hidden_states" in kwargs:
+            hidden = change(kwargs["hidden_states"])
+            return args, {**kwargs, "hidden_states": hidden}
+        return (change(args[0]), *args[1:]), kwargs
+
+    module.register_forward_pre_hook(hook, with_kwargs=True)
+
+
 def _enter_block(
     block: nn.Module, layout: Layout, sequence: "_Sequence | None"
 ) -> None:
@@ -339,13 +350,7 @@ def _enter_block(
         copied = copy_to_tensor_model_parallel_region(hidden, group=layout.tp_group)
         return _Contiguous.apply(copied)
 
-    def hook(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        if "hidden_states" in kwargs:
-            hidden = enter(kwargs["hidden_states"])
-            return args, {**kwargs, "hidden_states": hidden}
-        return (enter(args[0]), *args[1:]), kwargs
-
-    block.register_forward_pre_hook(hook, with_kwargs=True)
+    _before(block, enter)
     if sequence is not None:
         for layer in block.modules():
             if isinstance(layer, RowLinear):
@@ -370,17 +375,11 @@ class _Sequence:
                 "`norm` between which to split its tokens. Set it to false."
             )
 
-        def split(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-            if "hidden_states" in kwargs:
-                hidden = self.scatter(kwargs["hidden_states"])
-                return args, {**kwargs, "hidden_states": hidden}
-            return (self.scatter(args[0]), *args[1:]), kwargs
-
         def join(module: nn.Module, args: Any, output: Tensor) -> Tensor:
             return self.gather(output, whole_gradient=True)
 
         # Not at the embedding: the causal mask is made for all tokens.
-        base.layers[0].register_forward_pre_hook(split, with_kwargs=True)
+        _before(base.layers[0], self.scatter)
         base.norm.register_forward_hook(join)
 
     def tokens_first(self, x: Tensor) -> Tensor:
