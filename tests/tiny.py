@@ -1,15 +1,17 @@
 """A tiny random model, a data set, and Axolotl configurations that use them.
 
-Runs go through Axolotl's own functions in this process: importing Axolotl costs more
-than all of them together. Real launches are in test_launch.py.
+Runs go through Axolotl's own functions in this process (benchmarks/run_axolotl.py).
+Real launches are in test_launch.py.
 """
 
-import functools
-import gc
 import json
 import random
 from pathlib import Path
 from typing import Any
+
+from benchmarks.run_axolotl import load, run
+
+__all__ = ["load", "run"]
 
 WORDS = [f"w{i}" for i in range(60)]
 PROMPT = {
@@ -141,44 +143,6 @@ def config(tiny: Path, output: Path, **overrides: Any) -> dict[str, Any]:
         **overrides,
     }
     return {key: value for key, value in cfg.items() if value is not None}
-
-
-def load(cfg: dict[str, Any]) -> Any:
-    """Axolotl's validated configuration, as its command line makes it."""
-    from axolotl.cli.config import load_cfg
-    from axolotl.integrations.base import PluginManager
-    from axolotl.utils.dict import DictDefault
-
-    # A process of Axolotl's own sees one configuration; this one sees many.
-    PluginManager.get_instance().plugins.clear()
-    return load_cfg(DictDefault(cfg))
-
-
-@functools.cache
-def _freeze_imports() -> None:
-    # Axolotl collects garbage some twenty times a run, a second each over everything
-    # it imports, unless that is taken out of the collector's sight.
-    import axolotl.core.builders.causal
-    import axolotl.core.training_args
-    import axolotl.train  # noqa: F401
-
-    gc.collect()
-    gc.freeze()
-
-
-def run(cfg: dict[str, Any]) -> Any:
-    """Train as `axolotl.cli.train` does; returns the trainer."""
-    from axolotl.cli.args import TrainerCliArgs
-    from axolotl.common.datasets import load_datasets
-    from axolotl.integrations.base import PluginManager
-    from axolotl.train import train
-
-    loaded = load(cfg)
-    _freeze_imports()
-    PluginManager.get_instance().load_datasets(loaded, preprocess=False)
-    meta = load_datasets(cfg=loaded, cli_args=TrainerCliArgs())
-    _, _, trainer = train(cfg=loaded, dataset_meta=meta)
-    return trainer
 
 
 def train_logs(trainer: Any) -> list[dict[str, float]]:
