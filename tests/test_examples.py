@@ -1,7 +1,8 @@
-"""Every recipe in examples/yaml passes Axolotl's own validation and is a psft run.
+"""Every recipe in examples/yaml passes Axolotl's own validation and is what it claims.
 
-Of the tensor-parallel ones also what their comments claim: launch line and memory.
-Nothing is trained here; `make quickstart` and `make quickstart-tp2` do.
+Launch line, order, truncation, counts of updates and memory, as comments have them.
+Nothing is trained here; test_recipes.py does, and `make quickstart` and
+`make quickstart-tp2`.
 """
 
 import json
@@ -18,6 +19,23 @@ from tests.tiny import WORDS, load, write_model
 ROOT = Path(__file__).parent.parent
 RECIPES = sorted((ROOT / "examples" / "yaml").glob("*.yaml"))
 LARGE = ("llama-8b-tp2", "llama-70b-tp8")
+GRPO = "psft-then-grpo-2-grpo"  # the one recipe that is not a psft run
+NAMES = {
+    "quickstart",
+    "quickstart-tp2",
+    "gsm8k-7b",
+    "gsm8k-7b-lora",
+    "math-7b",
+    "limo-7b",
+    "hh-rlhf-4b",
+    "openr1-math-7b",
+    "openr1-math-7b-lora",
+    "openr1-math-llama-8b",
+    "psft-then-grpo-1-psft",
+    GRPO,
+    *LARGE,
+}
+PSFT = [path.stem for path in RECIPES if path.stem != GRPO]
 
 # What a recipe for GPUs needs that this machine lacks; the rest of it is validated.
 GPU_ONLY = {"bf16": False, "tf32": False}
@@ -41,9 +59,7 @@ def num_processes(text: str) -> int:
 
 
 def test_there_are_recipes() -> None:
-    names = {path.stem for path in RECIPES}
-    assert {"quickstart", "quickstart-tp2", "gsm8k-7b", "gsm8k-7b-lora"} <= names
-    assert set(LARGE) <= names
+    assert {path.stem for path in RECIPES} == NAMES
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
@@ -53,13 +69,193 @@ def test_recipe_is_valid(path: Path, tiny: Path, tmp_path: Path) -> None:
     assert "accelerate launch" in command
     assert command.endswith(f"-m axolotl.cli.train examples/yaml/{path.name}")
     assert None not in cfg.values(), "a recipe has no empty keys"
-    assert cfg["plugins"] == ["axolotl_psft"]
     # Axolotl reads the model's config: a local model stands for one on a hub.
     local = {"base_model": str(tiny / "model"), "output_dir": str(tmp_path)}
     validated = load({**cfg, **GPU_ONLY, **local})
+    assert set(cfg) <= set(validated), "Axolotl drops keys it does not know"
+    for given, kept in zip(cfg["datasets"], validated.datasets, strict=True):
+        assert set(given) <= set(kept), "of a data set's keys, too"
+    if path.stem == GRPO:
+        # The plugin is inert without its block, and refuses `rl` with it.
+        assert not {"plugins", "psft"} & set(cfg)
+        assert set(cfg["trl"]) <= set(validated.trl)
+        return
+    assert cfg["plugins"] == ["axolotl_psft"]
     assert validated.psft.refresh_steps == cfg["psft"]["refresh_steps"]
     assert validated.psft.epsilon_high == cfg["psft"]["epsilon_high"]
-    assert set(cfg) <= set(validated), "Axolotl drops keys it does not know"
+
+
+# ---- What all recipes keep to ----
+
+ORDER = [
+    "base_model",
+    "plugins psft rl trl adapter lora_r lora_alpha lora_dropout lora_target_linear",
+    "tensor_parallel_size",
+    "chat_template datasets test_datasets val_set_size train_on_inputs",
+    "dataset_prepared_path output_dir",
+    "sequence_len excess_length_strategy sample_packing eval_sample_packing "
+    "attn_implementation",
+    "micro_batch_size gradient_accumulation_steps num_epochs max_steps special_tokens",
+    "optimizer learning_rate lr_scheduler warmup_steps warmup_ratio weight_decay "
+    "max_grad_norm dataloader_num_workers dataset_num_proc",
+    "bf16 fp16 tf32 gradient_checkpointing gradient_checkpointing_kwargs seed",
+    "logging_steps use_tensorboard eval_strategy eval_steps save_steps "
+    "save_total_limit load_best_model_at_end",
+]
+
+
+@pytest.mark.parametrize("name", sorted(NAMES))
+def test_keys_are_in_the_house_order(name: str) -> None:
+    keys = [key for line in ORDER for key in line.split()]
+    used = list(recipe(name)[1])
+    assert used == sorted(used, key=keys.index)
+
+
+@pytest.mark.parametrize("name", PSFT)
+def test_truncation_and_checkpoints(name: str) -> None:
+    _, cfg = recipe(name)
+    # A cut answer would end without its end-of-turn token.
+    assert cfg["excess_length_strategy"] == "drop"
+    assert cfg["save_steps"] % cfg["psft"]["refresh_steps"] == 0
+
+
+def test_grpo_completions_that_were_cut_train_nothing() -> None:
+    _, cfg = recipe(GRPO)
+    assert cfg["trl"]["max_completion_length"] > 0
+    assert cfg["trl"]["mask_truncated_completions"] is True
+
+
+def test_grpo_has_a_window_too() -> None:
+    text, cfg = recipe(GRPO)
+    sampled, group = cfg["trl"]["generation_batch_size"], cfg["trl"]["num_generations"]
+    updates, rest = divmod(sampled, update(cfg, num_processes(text)))
+    assert updates > 1, "else the ratio is always 1"
+    assert rest == 0 == sampled % group
+    prose = " ".join(text.replace("#", "").split())
+    assert f"{sampled} completions of {sampled // group} prompts" in prose
+    assert f"in {updates} updates of {sampled // updates}" in prose
+
+
+@pytest.mark.parametrize("name", sorted(NAMES))
+def test_small_steps_are_not_taken_on_bf16_weights(name: str) -> None:
+    """With `bf16: true` Axolotl's full fine-tuning has bf16 weights, unless split."""
+    _, cfg = recipe(name)
+    is_split = cfg.get("tensor_parallel_size", 1) > 1
+    assert not cfg["bf16"] or "adapter" in cfg or is_split
+
+
+def test_small_steps_round_away_on_bf16_weights() -> None:
+    """The reason the recipes give, with AdamW on weights of a usual size."""
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    start = (torch.randn(20_000, generator=generator) * 0.02).bfloat16()
+    gradient = torch.randn(20_000, generator=generator)
+    moved = {}
+    for dtype in (torch.bfloat16, torch.float32):
+        weight = torch.nn.Parameter(start.to(dtype))
+        optimizer = torch.optim.AdamW([weight], lr=1e-6, weight_decay=0.1)
+        for _ in range(64):
+            weight.grad = gradient.to(dtype)
+            optimizer.step()
+        moved[dtype] = (weight.detach() != start.to(dtype)).float().mean().item()
+    assert moved[torch.bfloat16] < 0.05
+    assert moved[torch.float32] > 0.99
+    spacing = torch.tensor(0.02).bfloat16()
+    after = torch.nextafter(spacing, torch.ones_like(spacing)) - spacing
+    assert f"{after.item():.1e}" == "1.2e-04"
+    assert "0.02 has its" in recipe("gsm8k-7b")[0]
+
+
+# ---- The paper's counts, in optimizer updates ----
+
+
+def update(cfg: dict[str, Any], processes: int) -> int:
+    """Rows of one optimizer update."""
+    ranks = processes // cfg.get("tensor_parallel_size", 1)
+    return ranks * cfg["micro_batch_size"] * cfg["gradient_accumulation_steps"]
+
+
+MAIN = {"batch": 256, "mini": 32, "epochs": 10}
+
+
+@pytest.mark.parametrize(
+    "name, rows, paper",
+    [
+        ("gsm8k-7b", 32, MAIN),
+        ("gsm8k-7b-lora", 32, MAIN),
+        ("math-7b", 32, MAIN),
+        ("psft-then-grpo-1-psft", 32, MAIN),
+        # Packed: 16 rows of 8192 tokens for 32 samples of 4096.
+        ("openr1-math-7b", 16, MAIN),
+        ("openr1-math-7b-lora", 16, MAIN),
+        ("openr1-math-llama-8b", 16, MAIN),
+        ("limo-7b", 8, {"batch": 64, "mini": 8, "epochs": 25}),
+        ("hh-rlhf-4b", 32, {**MAIN, "epochs": 3}),
+    ],
+)
+def test_the_papers_counts(name: str, rows: int, paper: dict[str, int]) -> None:
+    text, cfg = recipe(name)
+    assert update(cfg, num_processes(text)) == rows
+    if cfg["sample_packing"]:
+        tokens = rows * cfg["sequence_len"]
+        assert f"mini-batch of 32 samples is {tokens} tokens" in text
+        assert tokens == paper["mini"] * 4096
+        assert f"An update is {rows} packed rows of {cfg['sequence_len']}" in text
+    else:
+        assert rows == paper["mini"]
+    assert cfg["psft"]["refresh_steps"] == paper["batch"] // paper["mini"]
+    assert cfg["warmup_steps"] == 10 * paper["batch"] // paper["mini"]
+    assert cfg["num_epochs"] == paper["epochs"]
+    expected = {
+        "learning_rate": 2e-5 if "adapter" in cfg else 1e-6,
+        "lr_scheduler": "constant_with_warmup",
+        "weight_decay": 0.1,
+        "max_grad_norm": 1.0,
+        "optimizer": "adamw_torch_fused",
+    }
+    assert {key: cfg[key] for key in expected} == expected
+    assert cfg["psft"]["epsilon_high"] == 0.28
+
+
+@pytest.mark.parametrize("name", ["gsm8k-7b", "openr1-math-7b", "openr1-math-llama-8b"])
+def test_the_sft_baseline_by_overrides(name: str, tiny: Path) -> None:
+    """The comment's options, as Axolotl's command line takes them."""
+    import fire
+    from axolotl.cli.config import load_cfg
+    from axolotl.utils.dict import DictDefault
+
+    text, cfg = recipe(name)
+    comment = text.partition("SFT baseline")[2].partition("base_model:")[0]
+    options = re.findall(r"--\S+=\S+", comment)
+    assert len(options) == 5
+    parsed = fire.Fire(lambda **kwargs: kwargs, command=options)
+    local = {"base_model": str(tiny / "model")}
+    baseline = load_cfg(DictDefault({**cfg, **GPU_ONLY, **local}), **parsed)
+    assert baseline.psft.objective == "sft"
+    assert baseline.learning_rate == 2e-5
+    assert baseline.warmup_steps == 10
+    assert baseline.output_dir == f"outputs/{name}/sft" != cfg["output_dir"]
+    # Validation moves tensor_parallel_size elsewhere; it is not overridden.
+    batch = {
+        key: baseline[key] for key in cfg if key.startswith(("micro", "gradient_a"))
+    }
+    processes = num_processes(text)
+    assert update({**cfg, **batch}, processes) == 8 * update(cfg, processes)
+
+
+def test_the_second_stage_goes_on_from_the_first() -> None:
+    (_, first), (text, second) = recipe("psft-then-grpo-1-psft"), recipe(GRPO)
+    assert second["base_model"] == first["output_dir"]
+    assert "adapter" not in first, "an adapter would have to be merged in between"
+    assert second["output_dir"] != first["output_dir"]
+    assert second["dataset_prepared_path"] != first["dataset_prepared_path"]
+    assert launch_command(text).startswith("PYTHONPATH=examples/grpo ")
+
+
+def test_no_two_recipes_write_to_one_place() -> None:
+    places = [recipe(name)[1]["output_dir"] for name in sorted(NAMES)]
+    assert len(set(places)) == len(places)
 
 
 @pytest.mark.parametrize(
@@ -155,6 +351,23 @@ def test_memory_arithmetic(name: str, parameters: float, gpus: int, unit: str) -
         assert re.search(claim, prose), claim
     stored = f"{2 * parameters / 1e9:.0f} GB of weights and {12 * parameters / 1e9:.0f}"
     assert stored in prose
+
+
+@pytest.mark.parametrize("name", sorted(NAMES - set(LARGE)))
+def test_state_of_a_gpu(name: str) -> None:
+    """One line of the comment: the parameters, and GB of a rank's weights and state."""
+    text, cfg = recipe(name)
+    prose = text.replace("\n# ", " ")
+    claim = re.search(r"State: (\d+) GB a GPU \(([\d.e]+) parameters\)", prose)
+    tp_size = cfg.get("tensor_parallel_size", 1)
+    assert (claim is not None) == (tp_size > 1 and name != "quickstart-tp2")
+    if claim is None:
+        return
+    dp_size = num_processes(text) // tp_size
+    assert f"tensor parallel {tp_size} x data parallel {dp_size}" in prose
+    gigabytes = state(float(claim[2]), tp_size, dp_size)
+    assert int(claim[1]) == round(gigabytes)
+    assert updating(float(claim[2]), tp_size, dp_size) < AVAILABLE
 
 
 # ---- Data ----
