@@ -31,6 +31,19 @@ _NUMBERS: dict[str, tuple[bool, Callable[[float], bool], str, str]] = {
         "8 (the paper's setting); 1 is plain SFT",
     ),
     "sft_warmup_steps": (True, lambda x: x >= 0, ">= 0", "0 for none"),
+    "kl_coef": (
+        False,
+        lambda x: 0 <= x < math.inf,
+        ">= 0 and finite",
+        "0.5 (the paper's setting)",
+    ),
+}
+
+# Of each objective: the numbers that take part in it.
+_NUMBERS_OF = {
+    "psft": {"epsilon", "epsilon_high", "refresh_steps", "sft_warmup_steps"},
+    "sft": set(),
+    "sft_kl": {"kl_coef"},
 }
 
 _LOSS_OPTIONS = {
@@ -108,9 +121,15 @@ class PSFTConfig(BaseModel):
         description="With tensor_parallel_size: split the hidden states between blocks "
         "along the sequence. Less memory for activations, the same losses.",
     )
-    objective: Literal["psft", "sft"] = Field(
+    objective: Literal["psft", "sft", "sft_kl"] = Field(
         default="psft",
-        description="`sft` trains the SFT baseline with the same metrics.",
+        description="`sft` and `sft_kl` train the baselines SFT and SFT-KL with the "
+        "same metrics.",
+    )
+    kl_coef: float = Field(
+        default=0.5,
+        description="With objective: sft_kl, the weight of the KL term that holds the "
+        "model near the initial policy.",
     )
 
     @model_validator(mode="before")
@@ -130,10 +149,11 @@ class PSFTConfig(BaseModel):
                     f"psft.{key} is not a setting, got {data[key]!r}. "
                     f"{hint}Known settings: {known}."
                 )
-        if data.get("objective", "psft") not in ("psft", "sft"):
+        if data.get("objective", "psft") not in ("psft", "sft", "sft_kl"):
             raise ValueError(
-                f"psft.objective must be psft or sft, got {data['objective']!r}. "
-                "Use psft; sft is the baseline with the same metrics."
+                "psft.objective must be psft, sft or sft_kl, got "
+                f"{data['objective']!r}. Use psft; the others are baselines with the "
+                "same metrics."
             )
         if not isinstance(data.get("sequence_parallel", False), bool):
             raise ValueError(
@@ -146,13 +166,17 @@ class PSFTConfig(BaseModel):
 
     def settings_without_effect(self) -> list[str]:
         """Warnings about settings that change nothing, each one sentence or two."""
-        warnings = []
-        if self.objective == "sft":
-            unused = self.model_fields_set - {"objective", "sequence_parallel"}
-            warnings += [
-                f"psft.{key} has no effect with psft.objective: sft."
-                for key in sorted(unused)
-            ]
+        unused = self.model_fields_set & _NUMBERS.keys() - _NUMBERS_OF[self.objective]
+        warnings = [
+            f"psft.{key} has no effect with psft.objective: {self.objective}."
+            for key in sorted(unused)
+        ]
+        if self.objective == "sft_kl" and self.kl_coef == 0:
+            warnings.append(
+                "psft.kl_coef: 0 is plain SFT that logs its distance to the initial "
+                "policy. Use 0.5 (the paper's setting)."
+            )
+        if self.objective != "psft":
             return warnings
         if "epsilon" in self.model_fields_set and self.epsilon_high is not None:
             warnings.append(
@@ -317,23 +341,19 @@ def _check_tensor_parallel(cfg: Mapping[str, Any]) -> None:
             f"tensor_parallel_size: {size} needs Megatron-Core. "
             "`pip install 'axolotl_psft[megatron]'`."
         )
+    other = f"tensor_parallel_size: {size}"
     for key, why in _NOT_TENSOR_PARALLEL.items():
         if cfg.get(key):
-            raise ValueError(
-                f"{key}: {cfg[key]} cannot be combined with tensor_parallel_size: "
-                f"{size}: {why}."
-            )
+            _refuse(key, cfg[key], why, other=other)
     optimizer = cfg.get("optimizer") or "adamw_torch_fused"
     if optimizer not in _TENSOR_PARALLEL_OPTIMIZERS:
-        raise ValueError(
-            f"optimizer: {optimizer} cannot be combined with tensor_parallel_size: "
-            f"{size}: Megatron-Core has its own. Use one of "
-            f"{', '.join(_TENSOR_PARALLEL_OPTIMIZERS)}."
-        )
+        names = ", ".join(_TENSOR_PARALLEL_OPTIMIZERS)
+        why = f"Megatron-Core has its own. Use one of {names}"
+        _refuse("optimizer", optimizer, why, other=other)
 
 
-def _refuse(key: str, value: Any, why: str) -> None:
-    raise ValueError(f"{key}: {value} cannot be combined with a psft block: {why}.")
+def _refuse(key: str, value: Any, why: str, *, other: str = "a psft block") -> None:
+    raise ValueError(f"{key}: {value} cannot be combined with {other}: {why}.")
 
 
 def combination_warnings(cfg: Mapping[str, Any]) -> list[str]:
@@ -349,6 +369,13 @@ def combination_warnings(cfg: Mapping[str, Any]) -> list[str]:
             f"lora_dropout: {cfg['lora_dropout']} adds noise to psft's ratio: old "
             "log-probs are scored without dropout. Set lora_dropout: 0."
         )
+    if _trains_bf16_weights(cfg):
+        warnings.append(
+            f"learning_rate: {cfg['learning_rate']} with bf16: {cfg['bf16']}: Axolotl "
+            "trains a full model on bf16 weights, in which steps this small are rounded"
+            " away. Use tensor_parallel_size (float32 copies of the weights), an "
+            "adapter, or bf16: false with tf32: true."
+        )
     if cfg.get("neftune_noise_alpha"):
         warnings.append(
             f"neftune_noise_alpha: {cfg['neftune_noise_alpha']} adds noise to psft's "
@@ -361,3 +388,18 @@ def combination_warnings(cfg: Mapping[str, Any]) -> list[str]:
                 "psft/ratio_mean is 1 where psft/old_policy_age is 0."
             )
     return warnings
+
+
+def _trains_bf16_weights(cfg: Mapping[str, Any]) -> bool:
+    """Whether weights are bf16 and updates too small for them.
+
+    A bf16 number near 0.02, a usual weight, has its neighbours 1.2e-4 away, and Adam's
+    update is about as large as the learning rate: below 1e-5 few of them round to
+    anything. DeepSpeed keeps float32 copies of its own.
+    """
+    if cfg.get("adapter") or cfg.get("deepspeed") or tensor_parallel_size(cfg) > 1:
+        return False
+    learning_rate = cfg.get("learning_rate")
+    return bool(cfg.get("bf16") or cfg.get("bfloat16")) and (
+        learning_rate is not None and float(learning_rate) < 1e-5
+    )

@@ -57,20 +57,8 @@ def psft_loss(
 
     Source: Zhu et al., Proximal Supervised Fine-Tuning, arXiv 2508.17784.
     """
-    if not logprobs.shape == old_logprobs.shape == mask.shape:
-        raise ValueError(
-            "logprobs, old_logprobs and mask must have one shape, got "
-            f"{tuple(logprobs.shape)}, {tuple(old_logprobs.shape)}, "
-            f"{tuple(mask.shape)}."
-        )
-    if mask.dtype != torch.bool:
-        raise ValueError(f"mask must be bool, got {mask.dtype}. Use labels != -100.")
     upper = upper_bound(epsilon, epsilon_high)
-
-    # Selecting the difference, not the inputs, keeps NaN and inf at masked positions
-    # out of the backward pass too.
-    log_ratio = torch.where(mask, logprobs - old_logprobs.detach(), 0.0)
-    log_ratio = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    log_ratio = _log_ratio(logprobs, old_logprobs, mask)
     ratio = log_ratio.exp()
     surrogate = torch.where(mask, ratio.clamp(max=upper), 0.0)
     active = mask.sum()
@@ -106,6 +94,78 @@ def sft_loss(
     _, metrics = psft_loss(current, current, mask)
     divisor = metrics["num_tokens"].clamp(min=1) if num_tokens is None else num_tokens
     return -torch.where(mask, logprobs, 0.0).sum() / divisor, metrics
+
+
+def sft_kl_loss(
+    logprobs: Tensor,
+    initial_logprobs: Tensor,
+    mask: Tensor,
+    *,
+    kl_coef: float = 0.5,
+    num_tokens: Tensor | int | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    r"""SFT with a penalty on the distance to the initial policy (the paper's SFT-KL).
+
+    With ``d = clamp(initial_logprobs - logprobs, -20, 20)`` the loss is
+
+    .. math:: \frac{1}{N} \sum_t -\log p_t + \beta (e^{d_t} - d_t - 1)
+
+    over the active tokens. The penalty is the k3 estimator of KL(p, p0) in the form
+    that verl, on which the authors' code builds, calls low_var_kl. An estimate it is
+    only as far as tokens are drawn from the policy, and these are the data's: it is
+    zero where p = p0 and positive elsewhere, but not the KL divergence. verl also cuts
+    a token's penalty off at 10, and so its gradient where p has fallen below p0 / 14,
+    where the pull is strongest; this does not.
+
+    The penalty's gradient is ``(1 - e**d) * grad logprobs``, so a token's whole
+    gradient is ``-(1 - kl_coef * (1 - p0 / p)) * grad logprobs``: for p far above p0
+    that of SFT times ``1 - kl_coef``, for p below p0 a stronger pull than SFT's.
+
+    Args:
+        logprobs, mask, num_tokens: see :func:`psft_loss`.
+        initial_logprobs: the same tokens under the initial policy, same shape. Never
+            differentiated.
+        kl_coef: the penalty's weight; 0 is plain SFT.
+
+    Returns:
+        As :func:`sft_loss`, but ``approx_kl_sum`` is the sum of the penalties before
+        they are weighted.
+
+    Raises:
+        ValueError: if the shapes differ or ``mask`` is not bool.
+
+    Source: Zhu et al., Proximal Supervised Fine-Tuning, arXiv 2508.17784.
+    """
+    nll, metrics = sft_loss(logprobs, mask, num_tokens=num_tokens)
+    # Masked positions hold 0 here, and e**0 - 0 - 1 adds nothing. expm1: near p0, where
+    # every run starts, e**d - 1 would be nothing but rounding.
+    d = -_log_ratio(logprobs, initial_logprobs, mask)
+    kl_sum = (d.expm1() - d).sum()
+    divisor = metrics["num_tokens"].clamp(min=1) if num_tokens is None else num_tokens
+    return nll + kl_coef * kl_sum / divisor, {
+        **metrics,
+        "approx_kl_sum": kl_sum.detach(),
+    }
+
+
+def _log_ratio(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor) -> Tensor:
+    """``logprobs - old_logprobs``, bounded; 0 at masked positions.
+
+    Raises:
+        ValueError: if the shapes differ or ``mask`` is not bool.
+    """
+    if not logprobs.shape == old_logprobs.shape == mask.shape:
+        raise ValueError(
+            "logprobs, old_logprobs and mask must have one shape, got "
+            f"{tuple(logprobs.shape)}, {tuple(old_logprobs.shape)}, "
+            f"{tuple(mask.shape)}."
+        )
+    if mask.dtype != torch.bool:
+        raise ValueError(f"mask must be bool, got {mask.dtype}. Use labels != -100.")
+    # Selecting the difference, not the inputs, keeps NaN and inf at masked positions
+    # out of the backward pass too.
+    log_ratio = torch.where(mask, logprobs - old_logprobs.detach(), 0.0)
+    return log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
 
 
 def upper_bound(epsilon: float, epsilon_high: float | None) -> float:

@@ -4,8 +4,6 @@ Collects the window's micro-batches ahead of time, holds their old log-probs, an
 and restores them mid-window. Who computes the log-probs, and when, is trainer.py.
 """
 
-import hashlib
-import json
 import os
 from collections import deque
 from collections.abc import Iterator
@@ -13,9 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import safetensors
-from safetensors.torch import save_file
 from torch import Tensor
+
+from axolotl_psft import files
 
 Batch = dict[str, Any]
 
@@ -39,7 +37,8 @@ class Window:
     """The optimizer steps still to run under the current old policy.
 
     ``start_step`` is the global step of the last refresh. Every micro-batch but those
-    of the step ``start_step`` carries ``old_logprobs`` [B, S], float32.
+    of the step ``start_step`` carries ``old_logprobs`` [B, S], float32. (With the
+    objective ``sft_kl`` a window is one step, and they are the initial policy's.)
     """
 
     start_step: int = 0
@@ -75,11 +74,13 @@ def save_window(
     rank: int,
     world_size: int,
     settings: dict[str, Any],
+    initial_policy: str | None = None,
 ) -> None:
     """Write the rest of the window, atomically; without pickle.
 
     The micro-batches themselves are not saved: the data order is a function of seed
     and epoch, so the data loader gives them again. Their digests are, to prove it.
+    ``initial_policy`` names the files that hold the initial policy's log-probs.
     """
     path = window_path(checkpoint, rank)
     batches = [batch for step in window.steps for batch in step.batches]
@@ -94,22 +95,11 @@ def save_window(
         "rank": rank,
         "world_size": world_size,
         "settings": settings,
+        "initial_policy": initial_policy,
         "batches_per_step": [len(step.batches) for step in window.steps],
         "batch_digests": [digest(batch) for batch in batches],
     }
-    text = json.dumps(header)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    save_file(
-        tensors,
-        partial,
-        metadata={
-            "format": _FORMAT,
-            "header": text,
-            "sha256": _digest_tensors(tensors, text),
-        },
-    )
-    os.replace(partial, path)
+    files.write(path, tensors, header, format=_FORMAT)
 
 
 @dataclass
@@ -121,6 +111,7 @@ class SavedWindow:
     batches_per_step: list[int]
     batch_digests: list[str]
     old_logprobs: list[Tensor]
+    initial_policy: str | None = None
 
     def attach(self, batches: Iterator[Batch]) -> Window:
         """Take the window's micro-batches off the data loader and add old log-probs.
@@ -181,52 +172,31 @@ def load_window(
         batches_per_step=header["batches_per_step"],
         batch_digests=header["batch_digests"],
         old_logprobs=[tensors[f"old_logprobs.{i}"] for i in range(len(tensors))],
+        initial_policy=header.get("initial_policy"),
     )
 
 
 def digest(batch: Batch) -> str:
     """SHA-256 over a micro-batch's tokens, labels and segment boundaries."""
     names = ("input_ids", "labels", "position_ids")
-    return _digest_tensors({name: batch[name] for name in names if name in batch})
-
-
-def _digest_tensors(tensors: dict[str, Tensor], text: str = "") -> str:
-    sha = hashlib.sha256(text.encode())
-    for name, tensor in sorted(tensors.items()):
-        sha.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
-        sha.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-    return sha.hexdigest()
+    return files.digest_tensors({name: batch[name] for name in names if name in batch})
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    if not path.is_file():
+    try:
+        return files.read(path, format=_FORMAT)
+    except FileNotFoundError as error:
         raise WindowFileError(
             f"{path}: not found. The checkpoint was not written by a psft run, or not "
             "completely. Resume from another checkpoint, or start a new run with "
             "base_model set to this one."
-        )
-    try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        # Over the header too: a flipped bit there would be another step or setting.
-        intact = metadata["format"] == _FORMAT and metadata[
-            "sha256"
-        ] == _digest_tensors(tensors, metadata["header"])
-        header = json.loads(metadata["header"])
-    except (safetensors.SafetensorError, KeyError, ValueError, TypeError) as error:
-        raise _damaged(path) from error
-    if not intact:
-        raise _damaged(path)
-    return header, tensors
-
-
-def _damaged(path: Path) -> WindowFileError:
-    return WindowFileError(
-        f"{path}: truncated, damaged or not a psft window file. Resume from another "
-        "checkpoint; the window is never restarted silently, since the run would "
-        "then differ from the one that wrote this checkpoint."
-    )
+        ) from error
+    except files.NotIntactError as error:
+        raise WindowFileError(
+            f"{path}: truncated, damaged or not a psft window file. Resume from another"
+            " checkpoint; the window is never restarted silently, since the run would "
+            "then differ from the one that wrote this checkpoint."
+        ) from error
 
 
 def _check_belongs(
@@ -243,7 +213,9 @@ def _check_belongs(
             f"this is step {global_step}, rank {rank}. The file was copied from "
             "another checkpoint: resume from an unmixed one."
         )
-    for key in sorted(settings.keys() | header["settings"].keys()):
+    # The objective first: what else differs follows from it.
+    keys = settings.keys() | header["settings"].keys()
+    for key in sorted(keys, key=lambda key: (key != "objective", key)):
         saved, current = header["settings"].get(key), settings.get(key)
         if saved != current:
             raise WindowFileError(

@@ -9,7 +9,34 @@ from torch import Tensor
 IGNORE_INDEX = -100
 
 
-def supervised_targets(labels: Tensor, position_ids: Tensor | None) -> Tensor:
+def sample_starts(
+    labels: Tensor, position_ids: Tensor | None, attention_mask: Tensor | None = None
+) -> Tensor:
+    """Where samples begin.
+
+    Args:
+        labels: [B, S], for its shape.
+        position_ids: [B, S], 0 at each sample's first token; None where rows are not
+            packed.
+        attention_mask: [B, S], 0 at padding; None where there is none. Needed only for
+            rows that are padded on the left.
+
+    Returns:
+        [B, S] bool: True at the first token of every sample and of every row.
+    """
+    starts = torch.zeros_like(labels, dtype=torch.bool)
+    starts[:, 0] = True
+    if position_ids is not None:
+        starts |= position_ids == 0
+    if attention_mask is not None:
+        attended = attention_mask != 0
+        starts[:, 1:] |= attended[:, 1:] & ~attended[:, :-1]
+    return starts
+
+
+def supervised_targets(
+    labels: Tensor, position_ids: Tensor | None, attention_mask: Tensor | None = None
+) -> Tensor:
     """Labels that some earlier token of the same sample can predict.
 
     The first token of a sample has no predecessor: the one before it in a packed row
@@ -17,16 +44,12 @@ def supervised_targets(labels: Tensor, position_ids: Tensor | None) -> Tensor:
 
     Args:
         labels: [B, S] int64, -100 where not supervised.
-        position_ids: [B, S], 0 at each sample's first token; None where rows are not
-            packed.
+        position_ids, attention_mask: see :func:`sample_starts`.
 
     Returns:
         [B, S] int64: ``labels`` with -100 at the first token of every sample.
     """
-    starts = torch.zeros_like(labels, dtype=torch.bool)
-    starts[:, 0] = True
-    if position_ids is not None:
-        starts |= position_ids == 0
+    starts = sample_starts(labels, position_ids, attention_mask)
     return labels.masked_fill(starts, IGNORE_INDEX)
 
 

@@ -1,12 +1,14 @@
 """PSFTTrainer: Axolotl's causal-LM trainer with the PSFT objective.
 
-Joins the rooms: windows (old_policy.py), log-probs (causal_lm.py), loss (objective.py),
-metrics (metrics.py), data order (sampling.py). No maths lives here.
+Joins the rooms: windows (old_policy.py), initial policy (initial_policy.py), log-probs
+(causal_lm.py), loss (objective.py), metrics (metrics.py), data order (sampling.py). No
+maths lives here.
 """
 
 import math
 import os
 import time
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,15 +16,16 @@ from typing import Any
 import torch
 from axolotl.core.trainers.base import AxolotlTrainer
 from axolotl.utils.logging import get_logger
-from axolotl.utils.samplers import MultipackBatchSampler
+from axolotl.utils.samplers import MultipackBatchSampler, get_dataset_lengths
 from torch import Tensor, nn
 from torch import distributed as dist
+from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from axolotl_psft import old_policy
+from axolotl_psft import initial_policy, old_policy
 from axolotl_psft.causal_lm import (
     TokenLogprobsOutput,
     check_against_logits,
@@ -30,8 +33,9 @@ from axolotl_psft.causal_lm import (
     unwrap_peft,
 )
 from axolotl_psft.config import PSFTConfig
+from axolotl_psft.initial_policy import InitialPolicy
 from axolotl_psft.metrics import TokenSums
-from axolotl_psft.objective import psft_loss, sft_loss
+from axolotl_psft.objective import psft_loss, sft_kl_loss, sft_loss
 from axolotl_psft.old_policy import Batch, SavedWindow, Step, Window
 from axolotl_psft.packing import IGNORE_INDEX, supervised_targets
 from axolotl_psft.sampling import EpochMultipackBatchSampler, set_sampler_epoch
@@ -40,7 +44,6 @@ LOG = get_logger(__name__)
 
 # Scoring that takes longer than this shows a progress bar.
 _PROGRESS_AFTER_SECONDS = 5.0
-
 
 _FAILURE_KEY = "axolotl_psft.failure"
 
@@ -74,7 +77,7 @@ class _CorrectedLogs(Trainer):
 
 
 class PSFTTrainer(AxolotlTrainer, _CorrectedLogs):  # type: ignore[misc]
-    """Trains with PSFT, or with SFT and the same metrics (``psft.objective: sft``).
+    """Trains with PSFT, or with another ``psft.objective`` and the same metrics.
 
     Args:
         psft: settings; the plugin sets them after construction.
@@ -111,10 +114,20 @@ class PSFTTrainer(AxolotlTrainer, _CorrectedLogs):  # type: ignore[misc]
 
     @property
     def _num_data_ranks(self) -> int:
-        return self.accelerator.num_processes
+        return dist.get_world_size(self._data_group) if dist.is_initialized() else 1
+
+    @property
+    def _data_rank(self) -> int:
+        return dist.get_rank(self._data_group) if dist.is_initialized() else 0
+
+    @property
+    def _is_first_of_data_rank(self) -> bool:
+        """Whether this rank writes what the ranks with the same micro-batches share."""
+        return True
 
     def _reset_run_state(self) -> None:
         device = self.args.device
+        self._initial_policy: InitialPolicy | None = None
         self._window = Window()
         self._saved_window: SavedWindow | None = None
         self._updates_left_in_epoch = 0
@@ -158,12 +171,18 @@ class PSFTTrainer(AxolotlTrainer, _CorrectedLogs):  # type: ignore[misc]
                 world_size=self.args.world_size,
                 settings=self._settings(),
             )
+        if self.psft.objective == "sft_kl":
+            self._initial_policy = self._prepare_initial_policy(
+                train_dataloader, resume_from_checkpoint
+            )
         return prepared
 
     def _settings(self) -> dict[str, Any]:
         """What must not change between a checkpoint and its resumption."""
+        if self.psft.objective == "sft_kl":
+            return self.psft.model_dump(include={"objective", "kl_coef"})
         return {
-            **self.psft.model_dump(exclude={"sequence_parallel"}),
+            **self.psft.model_dump(exclude={"sequence_parallel", "kl_coef"}),
             # What takes part in the objective, not how it was written.
             "epsilon": self.psft.epsilon if self.psft.epsilon_high is None else None,
         }
@@ -179,6 +198,7 @@ class PSFTTrainer(AxolotlTrainer, _CorrectedLogs):  # type: ignore[misc]
                 rank=self.args.process_index,
                 world_size=self.args.world_size,
                 settings=self._settings(),
+                initial_policy=getattr(self._initial_policy, "run_id", None),
             )
         super()._save_checkpoint(model, trial, **kwargs)
 
@@ -230,10 +250,13 @@ class PSFTTrainer(AxolotlTrainer, _CorrectedLogs):  # type: ignore[misc]
         )
         self._count_tokens(steps)
         if steps and not self._logits_checked:
-            self._check_logits(steps[0].batches[0])
+            self._check_logits(steps[0].batches[0]["input_ids"])
         # In the first step the weights are still the old policy's: its log-probs are
         # the training pass's own.
         self._score([batch for step in steps[1:] for batch in step.batches])
+        if self._initial_policy is not None:
+            for batch in (batch for step in steps for batch in step.batches):
+                batch["old_logprobs"] = self._initial_policy.logprobs(batch)
         self._window = Window(start)
         self._window.steps.extend(steps)
 
@@ -252,9 +275,18 @@ class PSFTTrainer(AxolotlTrainer, _CorrectedLogs):  # type: ignore[misc]
             # An optimizer step without a supervised token: loss and gradient are zero.
             step.num_tokens = count.clamp(min=1)
 
-    @torch.no_grad()
+    # ---- Scoring ----
+
     def _score(self, batches: list[Batch]) -> None:
-        """Attach the current policy's log-probs to each micro-batch, dropout off."""
+        """Attach the current policy's log-probs to each micro-batch."""
+        for batch, logprobs in self._scored(batches, "the old policy"):
+            batch["old_logprobs"] = logprobs
+
+    @torch.no_grad()
+    def _scored(
+        self, batches: list[Batch] | DataLoader, whose: str
+    ) -> Iterator[tuple[Batch, Tensor]]:
+        """Each micro-batch and its log-probs [B, S] under the model, dropout off."""
         if not batches:
             return
         started = time.perf_counter()
@@ -265,7 +297,7 @@ class PSFTTrainer(AxolotlTrainer, _CorrectedLogs):  # type: ignore[misc]
         model.eval()
         progress = tqdm(
             batches,
-            desc="Scoring the old policy",
+            desc=f"Scoring {whose}",
             delay=_PROGRESS_AFTER_SECONDS,
             leave=False,
             disable=self.args.disable_tqdm or not self.is_local_process_zero(),
@@ -274,13 +306,84 @@ class PSFTTrainer(AxolotlTrainer, _CorrectedLogs):  # type: ignore[misc]
             inputs = self._prepare_inputs(batch)
             with self.compute_loss_context_manager():
                 _, output = self.compute_loss(model, inputs, return_outputs=True)
-            batch["old_logprobs"] = output.logprobs
+            yield batch, output.logprobs
         model.train()
         if self.args.device.type != "cpu":
             torch.accelerator.synchronize()
         self._score_seconds += time.perf_counter() - started
 
-    def _check_logits(self, batch: Batch) -> None:
+    def _prepare_initial_policy(
+        self, train_dataloader: Any, checkpoint: str | None
+    ) -> InitialPolicy:
+        """Score the data set with the model as it is, or read what was scored."""
+        own = initial_policy.folder_in(self._get_output_dir(trial=None))
+        if checkpoint is None:
+            return InitialPolicy(own, self._score_data_set(train_dataloader, own))
+        assert self._saved_window is not None
+        run_id = self._saved_window.initial_policy
+        assert run_id is not None, "the checkpoint's objective was compared"
+        policy = InitialPolicy(
+            initial_policy.folder_in(Path(checkpoint).parent), run_id
+        )
+        # This run's checkpoints must find it beside them, too.
+        if self.is_world_process_zero():
+            policy.copy_to(own)
+        return policy
+
+    def _score_data_set(self, train_dataloader: Any, folder: Path) -> str:
+        """Score and write the initial policy, each data rank a share; returns its id.
+
+        Two collectives beside those of the model.
+        """
+        batches = self._scoring_dataloader(train_dataloader)
+        first = torch.as_tensor(batches.dataset[0]["input_ids"])
+        self._check_logits(first[None])
+        run_id = [uuid.uuid4().hex]
+        if self.is_world_process_zero():
+            initial_policy.clear(folder)
+        if dist.is_initialized():
+            # Nobody writes before the first rank has cleared.
+            dist.broadcast_object_list(run_id)
+        scores = initial_policy.Scores()
+        for batch, logprobs in self._scored(batches, "the initial policy"):
+            scores.add(batch, logprobs)
+        if self._is_first_of_data_rank:
+            scores.save(
+                folder,
+                run_id=run_id[0],
+                part=self._data_rank,
+                num_parts=self._num_data_ranks,
+            )
+        if dist.is_initialized():
+            dist.barrier()
+        return run_id[0]
+
+    def _scoring_dataloader(self, train_dataloader: Any) -> DataLoader:
+        """Every sample once, as training sees it: same columns, packing and padding."""
+        args: Any = self.args
+        lengths = get_dataset_lengths(self.train_dataset).tolist()
+        num_rows, row_tokens = self._train_batch_size, None
+        if args.sample_packing:
+            row_tokens = args.max_seq_length
+            if not args.multipack_real_batches:
+                num_rows, row_tokens = 1, num_rows * row_tokens
+        batches = initial_policy.scoring_batches(
+            lengths,
+            num_rows=num_rows,
+            row_tokens=row_tokens,
+            rank=self._data_rank,
+            num_ranks=self._num_data_ranks,
+        )
+        return DataLoader(
+            train_dataloader.dataset,
+            batch_sampler=batches,
+            collate_fn=train_dataloader.collate_fn,
+            num_workers=args.dataloader_num_workers,
+            # Of its own: the global one decides the order of training.
+            generator=torch.Generator(),
+        )
+
+    def _check_logits(self, input_ids: Tensor) -> None:
         model = self.accelerator.unwrap_model(
             self.model_wrapped, keep_torch_compile=False
         )
@@ -291,7 +394,7 @@ class PSFTTrainer(AxolotlTrainer, _CorrectedLogs):  # type: ignore[misc]
         with self.accelerator.autocast():
             check_against_logits(
                 model,
-                batch["input_ids"].to(self.args.device),
+                input_ids.to(self.args.device),
                 low_precision=low_precision,
             )
         model.train()
@@ -311,14 +414,14 @@ class PSFTTrainer(AxolotlTrainer, _CorrectedLogs):  # type: ignore[misc]
         Args:
             model: the wrapped model.
             inputs: ``input_ids`` and ``labels`` [B, S], ``position_ids`` [B, S] where
-                packed, ``old_logprobs`` [B, S] except in a window's first step.
+                packed, ``old_logprobs`` [B, S] except in a window's first step (with
+                the objective ``sft_kl`` always, and the initial policy's).
             return_outputs: also return the :class:`TokenLogprobsOutput`.
             num_items_in_batch: active tokens of the optimizer step, over all ranks.
         """
-        targets = supervised_targets(inputs["labels"], inputs.get("position_ids"))
         return super().compute_loss(
             model,
-            {**inputs, "logprob_targets": targets},
+            {**inputs, "logprob_targets": _targets(inputs)},
             return_outputs=return_outputs,
             num_items_in_batch=num_items_in_batch,
         )
@@ -340,6 +443,15 @@ class PSFTTrainer(AxolotlTrainer, _CorrectedLogs):  # type: ignore[misc]
                 mask,
                 epsilon=self.psft.epsilon,
                 epsilon_high=self.psft.epsilon_high,
+                num_tokens=num_items_in_batch,
+            )
+        elif self._initial_policy is not None:
+            assert output.old_logprobs is not None
+            loss, sums = sft_kl_loss(
+                logprobs,
+                output.old_logprobs,
+                mask,
+                kl_coef=self.psft.kl_coef,
                 num_tokens=num_items_in_batch,
             )
         else:
@@ -439,18 +551,20 @@ class PSFTTrainer(AxolotlTrainer, _CorrectedLogs):  # type: ignore[misc]
         self._eval_sums += self._gather_eval_rows(self._eval_rows.double()).sum(0)
         return loss, None, None
 
-    @property
-    def _eval_is_packed(self) -> bool:
-        args: Any = self.args
-        return args.sample_packing and args.eval_sample_packing is not False
-
     def _gather_eval_rows(self, rows: Tensor) -> Tensor:
         """Each data rank's rows [B, 3], without those that fill the last batch."""
+        if dist.is_initialized():
+            parts = [torch.empty_like(rows) for _ in range(self._num_data_ranks)]
+            dist.all_gather(parts, rows.contiguous(), group=self._data_group)
+            rows = torch.cat(parts)
         # accelerate repeats samples to fill it and knows which; packed batches are
         # never filled up, and it would count wrongly there.
-        if self._eval_is_packed:
-            return self.accelerator.gather(rows)
-        return self.accelerator.gather_for_metrics(rows)
+        args: Any = self.args
+        state = self.accelerator.gradient_state
+        is_packed = args.sample_packing and args.eval_sample_packing is not False
+        if not is_packed and state.end_of_dataloader and state.remainder > 0:
+            return rows[: state.remainder]
+        return rows
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """The Trainer's loop, with token-weighted ``eval_loss`` (NLL) and entropy."""
@@ -499,12 +613,12 @@ def _check_complete(checkpoint: Path) -> None:
         )
 
 
+def _targets(batch: Batch) -> Tensor:
+    return supervised_targets(
+        batch["labels"], batch.get("position_ids"), batch.get("attention_mask")
+    )
+
+
 def _num_active(step: Step) -> Tensor:
-    counts = [
-        (
-            supervised_targets(batch["labels"], batch.get("position_ids"))
-            != IGNORE_INDEX
-        ).sum()
-        for batch in step.batches
-    ]
+    counts = [(_targets(batch) != IGNORE_INDEX).sum() for batch in step.batches]
     return torch.stack(counts).sum()

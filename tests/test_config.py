@@ -17,7 +17,9 @@ PAPER = "Use 8 (the paper's setting); 1 is plain SFT."
 PPO = "Use 0.2 (PPO's usual setting)."
 HIGH = "Use 0.28 (the paper's setting), or leave it out to use epsilon."
 NONE = "Use 0 for none."
-OBJECTIVE = "Use psft; sft is the baseline with the same metrics."
+OBJECTIVE = "Use psft; the others are baselines with the same metrics."
+WHICH = "psft.objective must be psft, sft or sft_kl, got"
+COEF = "Use 0.5 (the paper's setting)."
 
 BAD_VALUES = [
     # Out of range.
@@ -28,7 +30,13 @@ BAD_VALUES = [
     ("refresh_steps", 0, f"psft.refresh_steps must be >= 1, got 0. {PAPER}"),
     ("refresh_steps", -8, f"psft.refresh_steps must be >= 1, got -8. {PAPER}"),
     ("sft_warmup_steps", -1, f"psft.sft_warmup_steps must be >= 0, got -1. {NONE}"),
+    ("kl_coef", -0.5, f"psft.kl_coef must be >= 0 and finite, got -0.5. {COEF}"),
+    ("kl_coef", INF, f"psft.kl_coef must be >= 0 and finite, got inf. {COEF}"),
     # Not a number, or not a whole one.
+    ("kl_coef", NAN, f"psft.kl_coef must be a number, got nan. {COEF}"),
+    ("kl_coef", "much", f"psft.kl_coef must be a number, got 'much'. {COEF}"),
+    ("kl_coef", None, f"psft.kl_coef must be a number, got None. {COEF}"),
+    ("kl_coef", True, f"psft.kl_coef must be a number, got True. {COEF}"),
     ("epsilon", NAN, f"psft.epsilon must be a number, got nan. {PPO}"),
     ("epsilon", "nan", f"psft.epsilon must be a number, got 'nan'. {PPO}"),
     ("epsilon", "wide", f"psft.epsilon must be a number, got 'wide'. {PPO}"),
@@ -44,9 +52,9 @@ BAD_VALUES = [
         for value in ("abc", "1.5", 1.5, True, False, None, NAN, INF, [1], {"a": 1})
     ),
     # Not a choice.
-    ("objective", "dpo", f"psft.objective must be psft or sft, got 'dpo'. {OBJECTIVE}"),
-    ("objective", None, f"psft.objective must be psft or sft, got None. {OBJECTIVE}"),
-    ("objective", [], f"psft.objective must be psft or sft, got []. {OBJECTIVE}"),
+    ("objective", "dpo", f"{WHICH} 'dpo'. {OBJECTIVE}"),
+    ("objective", None, f"{WHICH} None. {OBJECTIVE}"),
+    ("objective", [], f"{WHICH} []. {OBJECTIVE}"),
 ]
 
 
@@ -122,7 +130,8 @@ def test_unknown_key(key: Any, hint: str):
         PSFTConfig.model_validate({key: 4})
     expected = (
         f"psft.{key} is not a setting, got 4. {hint}Known settings: epsilon, "
-        "epsilon_high, refresh_steps, sft_warmup_steps, sequence_parallel, objective."
+        "epsilon_high, refresh_steps, sft_warmup_steps, sequence_parallel, objective, "
+        "kl_coef."
     )
     assert expected in str(caught.value)
 
@@ -135,19 +144,23 @@ def test_defaults():
         "sft_warmup_steps": 0,
         "sequence_parallel": False,
         "objective": "psft",
+        "kl_coef": 0.5,
     }
 
 
 def test_values_at_the_edge_are_good():
     settings = PSFTConfig(
-        epsilon=1e-9, epsilon_high=0, refresh_steps=1, sft_warmup_steps=0
+        epsilon=1e-9, epsilon_high=0, refresh_steps=1, sft_warmup_steps=0, kl_coef=0
     )
     assert settings.epsilon_high == 0 and settings.refresh_steps == 1
+    assert settings.kl_coef == 0
     assert PSFTConfig(epsilon_high=None).epsilon_high is None
 
 
 def test_numbers_that_yaml_takes_for_text():
-    block = yaml.safe_load("{epsilon: 2e-1, epsilon_high: '0.3', refresh_steps: 1e1}")
+    block = yaml.safe_load(
+        "{epsilon: 2e-1, epsilon_high: '0.3', refresh_steps: 1e1, kl_coef: 1e-1}"
+    )
     assert block["epsilon"] == "2e-1" and block["refresh_steps"] == "1e1"
     settings = PSFTConfig(**block, sft_warmup_steps=2.0)
     assert settings.model_dump(exclude={"objective", "sequence_parallel"}) == {
@@ -155,6 +168,7 @@ def test_numbers_that_yaml_takes_for_text():
         "epsilon_high": 0.3,
         "refresh_steps": 10,
         "sft_warmup_steps": 2,
+        "kl_coef": 0.1,
     }
     assert isinstance(settings.refresh_steps, int)
     assert isinstance(settings.sft_warmup_steps, int)
@@ -356,6 +370,33 @@ WARNED = [
         ],
     ),
     (
+        {"psft": {"kl_coef": 0.1}},
+        ["psft.kl_coef has no effect with psft.objective: psft"],
+    ),
+    (
+        {"psft": {"objective": "sft", "kl_coef": 0.5}},
+        ["psft.kl_coef has no effect with psft.objective: sft"],
+    ),
+    (
+        {
+            "psft": {
+                "objective": "sft_kl",
+                "epsilon": 0.1,
+                "epsilon_high": 0.28,
+                "refresh_steps": 1,
+                "sft_warmup_steps": 4,
+            }
+        },
+        [
+            f"psft.{key} has no effect with psft.objective: sft_kl"
+            for key in ("epsilon", "epsilon_high", "refresh_steps", "sft_warmup_steps")
+        ],
+    ),
+    (
+        {"psft": {"objective": "sft_kl", "kl_coef": 0}},
+        ["psft.kl_coef: 0 is plain SFT that logs its distance to the initial policy."],
+    ),
+    (
         {"loss_watchdog_threshold": 5.0, "loss_watchdog_patience": 3},
         ["loss_watchdog_threshold: 5.0 has no effect with psft"],
     ),
@@ -400,6 +441,8 @@ def test_another_value_is_another_warning(warnings: list[str]):
         {"refresh_steps": 2},
         {"objective": "sft"},
         {"objective": "psft", "sft_warmup_steps": 3},
+        {"objective": "sft_kl"},
+        {"objective": "sft_kl", "kl_coef": 0.1},
     ],
 )
 def test_no_warning_for_nothing(tiny, tmp_path, warnings: list[str], psft):
@@ -417,3 +460,25 @@ def test_untested_engines_are_named(key: str):
     (warning,) = combination_warnings({key: {"a": 1}})
     assert warning.startswith(f"psft with {key} is not tested in this release")
     assert combination_warnings({key: None, "lora_dropout": 0.0}) == []
+
+
+@pytest.mark.parametrize(
+    "overrides, warned",
+    [
+        ({}, True),
+        ({"learning_rate": "1e-6"}, True),
+        ({"bf16": False, "tf32": True}, False),
+        ({"learning_rate": 2e-5}, False),
+        ({"learning_rate": None}, False),
+        ({"adapter": "lora"}, False),
+        ({"tensor_parallel_size": 2}, False),
+        ({"psft_tensor_parallel_size": 2}, False),
+    ],
+)
+def test_updates_that_bf16_weights_round_away(overrides: Any, warned: bool):
+    cfg = {"bf16": True, "learning_rate": 1e-6, **overrides}
+    given = combination_warnings(cfg)
+    assert bool(given) == warned
+    if warned:
+        lr = cfg["learning_rate"]
+        assert given[0].startswith(f"learning_rate: {lr} with bf16: True: Axolotl")

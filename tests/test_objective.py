@@ -1,4 +1,4 @@
-"""psft_loss and sft_loss against hand-worked numbers and a plain float64 reference."""
+"""The losses against hand-worked numbers and a plain float64 reference."""
 
 import math
 
@@ -8,7 +8,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from axolotl_psft.objective import psft_loss, sft_loss, upper_bound
+from axolotl_psft.objective import psft_loss, sft_kl_loss, sft_loss, upper_bound
 
 INF, NAN = math.inf, math.nan
 # math.exp and torch.exp differ by an ulp or two; sums here have a few terms.
@@ -342,3 +342,167 @@ def test_any_input_agrees_with_the_reference(tokens, epsilon_high, num_tokens):
         epsilon_high=epsilon_high,
         num_tokens=num_tokens,
     )
+
+
+# ---- SFT-KL ----
+
+
+def kl_loss_and_grad(new: Tensor, initial: Tensor, mask: Tensor, **kwargs):
+    new = new.clone().requires_grad_()
+    loss, sums = sft_kl_loss(new, initial, mask, **kwargs)
+    loss.backward()
+    return loss.detach(), new.grad, sums
+
+
+def check_kl(
+    new: list[float], initial: list[float], mask: list[bool], **kwargs
+) -> None:
+    kl_coef = kwargs.get("kl_coef", 0.5)
+    divisor = kwargs.get("num_tokens", max(sum(mask), 1))
+    loss, kl_sum, nll_sum, expected = 0.0, 0.0, 0.0, []
+    for n, p0, active in zip(new, initial, mask, strict=True):
+        inside = active and -20.0 <= p0 - n <= 20.0
+        d = min(max(p0 - n, -20.0), 20.0) if active else 0.0
+        kl_sum += math.expm1(d) - d
+        nll_sum -= n if active else 0.0
+        # -(1 - kl_coef * (1 - p0 / p)): where the clamp holds, only SFT's part.
+        factor = 1 - kl_coef * (1 - math.exp(d)) if inside else 1.0
+        expected.append(-factor / divisor if active else 0.0)
+    loss = (nll_sum + kl_coef * kl_sum) / divisor
+    got, grad, sums = kl_loss_and_grad(
+        f64(new), f64(initial), torch.tensor(mask), **kwargs
+    )
+    close = {"rtol": 1e-12, "atol": 1e-14}
+    torch.testing.assert_close(got, f64([loss]).squeeze(), **close)
+    torch.testing.assert_close(grad, f64(expected), **close)
+    torch.testing.assert_close(
+        (sums["approx_kl_sum"], sums["nll_sum"]),
+        (f64([kl_sum]).squeeze(), f64([nll_sum]).squeeze()),
+        **close,
+    )
+
+
+def test_sft_kl_worked_by_hand():
+    # kl_coef = 0.5; N = 3 active tokens; d = log p0 - log p.
+    #
+    # token  p0/p  k3 = p0/p - d - 1   gradient = -(1 - 0.5 (1 - p0/p)) / N    nll
+    #   0     1     0                  -1/3                                     0.5
+    #   1     2     1 - log 2          -1.5/3: a stronger pull                  1
+    #   2     1/2   -1/2 + log 2       -0.75/3: weaker, at most halved          2
+    #   3     -     (masked)            0                                       -
+    log2 = math.log(2)
+    new, initial = [-0.5, -1.0, -2.0, -9.0], [-0.5, -1.0 + log2, -2.0 - log2, -1.0]
+    loss, grad, sums = kl_loss_and_grad(
+        f64(new), f64(initial), torch.tensor([True, True, True, False])
+    )
+    torch.testing.assert_close(loss, f64([(3.5 + 0.25) / 3]).squeeze(), **EXACT)
+    torch.testing.assert_close(grad, f64([-1 / 3, -0.5, -0.25, 0]), **EXACT)
+    torch.testing.assert_close(sums["approx_kl_sum"], f64([0.5]).squeeze(), **EXACT)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    tokens=st.lists(
+        st.tuples(logprob, st.floats(-30, 30), st.booleans()), min_size=1, max_size=12
+    ),
+    kl_coef=st.floats(0, 3),
+    num_tokens=st.integers(1, 100),
+)
+def test_sft_kl_agrees_with_the_reference(tokens, kl_coef, num_tokens):
+    new = [token[0] for token in tokens]
+    initial = [token[0] + token[1] for token in tokens]
+    for n, p0 in zip(new, initial, strict=True):
+        assume(abs(abs(n - p0) - 20) > 1e-9)
+    mask = [token[2] for token in tokens]
+    check_kl(new, initial, mask, kl_coef=kl_coef, num_tokens=num_tokens)
+
+
+def test_sft_kl_has_the_papers_coefficient():
+    check_kl([-1.0, -2.0], [-2.0, -1.5], [True, True])
+
+
+def test_far_above_the_initial_policy_the_gradient_is_sfts_less_the_coefficient():
+    _, grad, _ = kl_loss_and_grad(
+        f64([-0.1]), f64([-19.0]), torch.tensor([True]), kl_coef=0.3
+    )
+    torch.testing.assert_close(grad, f64([-0.7]), rtol=1e-7, atol=0)
+
+
+def test_a_small_distance_is_not_lost_in_rounding():
+    new = torch.tensor([-1.0])
+    initial = new + 2**-12
+    _, _, sums = kl_loss_and_grad(new, initial, torch.tensor([True]))
+    # d**2 / 2 = 3e-8, which float32 cannot tell apart from 0 beside 1.
+    assert sums["approx_kl_sum"].item() == pytest.approx(2**-25, rel=1e-3)
+
+
+@pytest.mark.parametrize("num_tokens", [None, 9])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_coefficient_zero_is_sft_to_the_last_bit(dtype: torch.dtype, num_tokens):
+    generator = torch.Generator().manual_seed(0)
+    new = torch.randn(3, 7, dtype=dtype, generator=generator)
+    initial = 9 * torch.randn(3, 7, dtype=dtype, generator=generator)
+    mask = new < 0.5
+    loss, grad, sums = kl_loss_and_grad(
+        new, initial, mask, kl_coef=0, num_tokens=num_tokens
+    )
+    same = new.clone().requires_grad_()
+    sft, sft_sums = sft_loss(same, mask, num_tokens=num_tokens)
+    sft.backward()
+    assert torch.equal(loss, sft.detach())
+    assert torch.equal(grad, same.grad)
+    assert sums.pop("approx_kl_sum") > 0 and sft_sums.pop("approx_kl_sum") == 0
+    assert sums == sft_sums
+
+
+@pytest.mark.parametrize("junk", [NAN, INF, -INF])
+def test_masked_positions_reach_nothing_in_sft_kl(junk: float):
+    new, initial = f64([-1.0, -2.0, -3.0, -4.0]), f64([-1.1, -2.0, -2.5, -4.0])
+    mask = torch.tensor([True, False, True, False])
+    clean = kl_loss_and_grad(new, initial, mask)
+    for which in (new, initial):
+        which[1] = junk
+    initial[3] = junk
+    loss, grad, sums = kl_loss_and_grad(new, initial, mask)
+    assert loss == clean[0] and sums == clean[2]
+    assert torch.equal(grad, clean[1])
+
+
+def test_nothing_but_the_policy_is_differentiated_in_sft_kl():
+    new, initial = f64([-1.0], requires_grad=True), f64([-1.1], requires_grad=True)
+    loss, sums = sft_kl_loss(new, initial, torch.tensor([True]))
+    loss.backward()
+    assert initial.grad is None and new.grad is not None
+    assert not any(value.requires_grad for value in sums.values())
+
+
+@pytest.mark.parametrize("shape", [(3,), (0,), (2, 0)])
+def test_everything_masked_in_sft_kl(shape: tuple[int, ...]):
+    loss, grad, sums = kl_loss_and_grad(
+        torch.full(shape, NAN), torch.full(shape, INF), torch.zeros(shape).bool()
+    )
+    assert loss == 0 and torch.equal(grad, torch.zeros(shape))
+    assert {name: value.item() for name, value in sums.items()} == dict.fromkeys(
+        sums, 0
+    )
+
+
+def test_shapes_must_agree_in_sft_kl():
+    with pytest.raises(ValueError, match=r"one shape, got \(3,\), \(3, 1\), \(3,\)"):
+        sft_kl_loss(torch.zeros(3), torch.zeros(3, 1), torch.ones(3).bool())
+
+
+def test_sft_kl_micro_batches_add_up():
+    generator = torch.Generator().manual_seed(0)
+    new = torch.randn(6, 5, dtype=torch.float64, generator=generator)
+    initial = new + torch.randn(6, 5, dtype=torch.float64, generator=generator)
+    mask = torch.rand(6, 5, generator=generator) < 0.7
+    loss, grad, sums = kl_loss_and_grad(new, initial, mask)
+    parts = [
+        kl_loss_and_grad(new[rows], initial[rows], mask[rows], num_tokens=mask.sum())
+        for rows in (slice(0, 1), slice(1, 6))
+    ]
+    torch.testing.assert_close(sum(part[0] for part in parts), loss, **EXACT)
+    torch.testing.assert_close(torch.cat([part[1] for part in parts]), grad, **EXACT)
+    total = sum(part[2]["approx_kl_sum"] for part in parts)
+    torch.testing.assert_close(total, sums["approx_kl_sum"], rtol=1e-12, atol=0)

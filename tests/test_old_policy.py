@@ -196,7 +196,7 @@ def test_a_crash_while_saving_leaves_the_file_before_intact(saved: Path, monkeyp
         Path(path).write_bytes(b"half")
         raise OSError("disk full")
 
-    monkeypatch.setattr("axolotl_psft.old_policy.save_file", crash)
+    monkeypatch.setattr("axolotl_psft.files.save_file", crash)
     with pytest.raises(OSError, match="disk full"):
         save_window(saved, scored(1, 1), **RUN)
     assert window_path(saved, 1).read_bytes() == before
@@ -310,6 +310,18 @@ def test_other_settings(saved: Path, key: str, value: Any, was: str, now: str):
     assert f"psft.{key} was {was} when the checkpoint was written and is {now}" in (
         message
     )
+
+
+def test_another_objective_is_named_before_what_follows_from_it(saved: Path):
+    message = error_of(saved, settings={"objective": "sft_kl", "kl_coef": 0.5})
+    assert "psft.objective was None when the checkpoint was written and is sft_kl" in (
+        message
+    )
+
+
+def test_the_initial_policy_is_named(tmp_path: Path):
+    save_window(tmp_path, Window(6), **RUN, initial_policy="abc")
+    assert load_window(tmp_path, **RUN).initial_policy == "abc"
 
 
 def test_a_setting_that_is_gone(saved: Path):

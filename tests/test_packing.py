@@ -34,6 +34,17 @@ def test_a_row_that_starts_mid_sample_loses_its_first_label_too():
     assert supervised_targets(labels, position_ids).tolist() == [[X, 2]]
 
 
+def test_padding_on_the_left_predicts_nothing():
+    labels = torch.tensor([[X, X, 1, 2], [3, 4, 5, 6]])
+    attention_mask = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])
+    expected = [[X, X, X, 2], [X, 4, 5, 6]]
+    assert supervised_targets(labels, None, attention_mask).tolist() == expected
+    # On the right it follows; packed rows number their samples' masks.
+    for mask in ([[1, 1, 1, 0]], [[1, 1, 2, 2]]):
+        targets = supervised_targets(labels[1:], None, torch.tensor(mask))
+        assert targets.tolist() == expected[1:]
+
+
 def test_shifts_are_inverse_where_there_is_a_predecessor():
     targets = torch.tensor([[X, 2, 3], [X, 5, X]])
     assert shift_left(targets).tolist() == [[2, 3, X], [5, X, X]]

@@ -23,8 +23,6 @@ from axolotl_psft.trainer import PSFTTrainer
 
 LOG = get_logger(__name__)
 
-ADAM_NAMES = ("adamw_torch", "adamw_torch_fused")
-
 
 class MegatronPSFTTrainer(PSFTTrainer):
     """PSFT with tensor parallelism.
@@ -52,8 +50,8 @@ class MegatronPSFTTrainer(PSFTTrainer):
         return self.layout.dp_group
 
     @property
-    def _num_data_ranks(self) -> int:
-        return self.layout.dp_size
+    def _is_first_of_data_rank(self) -> bool:
+        return self.layout.tp_rank == 0
 
     def get_tp_size(self) -> int:
         return self.layout.tp_size
@@ -90,7 +88,8 @@ class MegatronPSFTTrainer(PSFTTrainer):
     def _settings_of_args(self) -> OptimizerSettings:
         args: Any = self.args
         return OptimizerSettings(
-            name="adam" if str(args.optim.value) in ADAM_NAMES else "sgd",
+            # config.py lets AdamW and SGD through.
+            name="sgd" if args.optim.value == "sgd" else "adam",
             lr=args.learning_rate,
             weight_decay=args.weight_decay,
             decayed=frozenset(self.get_decay_parameter_names(self.model)),
@@ -190,15 +189,3 @@ class MegatronPSFTTrainer(PSFTTrainer):
         # trainer_state.json is written next, by rank 0: it must not be there while
         # another rank's files are not, for it is what makes a checkpoint complete.
         dist.barrier()
-
-    # ---- Evaluation ----
-
-    def _gather_eval_rows(self, rows: Tensor) -> Tensor:
-        parts = [torch.empty_like(rows) for _ in range(self.layout.dp_size)]
-        dist.all_gather(parts, rows.contiguous(), group=self.layout.dp_group)
-        gathered = torch.cat(parts)
-        state = self.accelerator.gradient_state
-        # accelerate repeats samples to fill the last batch, unless they are packed.
-        if not self._eval_is_packed and state.end_of_dataloader and state.remainder > 0:
-            return gathered[: state.remainder]
-        return gathered

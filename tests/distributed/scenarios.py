@@ -15,6 +15,7 @@ from tests.tiny import config, eval_data, run, train_logs
 
 METRICS = ["loss", "grad_norm", "psft/nll", "psft/clip_frac", "psft/ratio_max"]
 SAVE = {"save_strategy": None, "save_steps": 1, "save_total_limit": 100}
+PARTS = "psft_initial_logprobs"
 PACKED = {
     "sample_packing": True,
     "micro_batch_size": 1,
@@ -67,6 +68,23 @@ def main(tiny: Path, output: Path) -> dict[str, Any]:
             )
         )
         results[f"resumed-{step}"] = logs(resumed, step)
+
+    kl = {"psft": {"objective": "sft_kl"}}
+    results["sft_kl"] = logs(run(config(tiny, output / "kl", **kl)))
+    results["sft_kl parts"] = sorted(
+        path.name for path in (output / "kl" / "run" / PARTS).iterdir()
+    )
+    whole = run(config(tiny, output / "packed-kl", **kl, **PACKED, **SAVE))
+    results["sft_kl, packed"] = logs(whole)
+    checkpoint = output / "packed-kl" / "run" / "checkpoint-9"
+    cfg = config(
+        tiny,
+        output / "resumed-kl",
+        resume_from_checkpoint=str(checkpoint),
+        **kl,
+        **PACKED,
+    )
+    results["sft_kl, resumed"] = logs(run(cfg), 9)
 
     results["error"] = nan_on_one_rank(tiny, output / "nan")
     return results

@@ -59,6 +59,7 @@ DATA_PARALLEL: dict[str, dict[str, Any]] = {
         "psft": {"sequence_parallel": True},
         **ADAM,
     },
+    "two copies, sft_kl": {"micro_batch_size": 4, "psft": {"objective": "sft_kl"}},
 }
 RUNS["adam"] = {"base_model": LLAMA, **ADAM}
 
@@ -161,9 +162,12 @@ def evaluated(models: Path, output: Path, tp_size: int) -> dict[str, list[float]
 DROPOUT = {"overrides_of_model_config": {"attention_dropout": 0.2}, **PACKED}
 
 
-def resumed(models: Path, output: Path, tp_size: int) -> dict[str, Any]:
+def resumed(
+    models: Path, output: Path, tp_size: int, **overrides: Any
+) -> dict[str, Any]:
     """Adam, dropout and packing; resumed mid-window, at a window's end, in epoch 2."""
     options: dict[str, Any] = {**ADAM, **DROPOUT, "gradient_checkpointing": True}
+    options |= overrides
     whole = run(tp_config(models, output / "whole", tp_size, **options, **SAVE))
     results = {"whole": logs(whole)}
     for step in (7, 12, 19):
@@ -177,6 +181,10 @@ def resumed(models: Path, output: Path, tp_size: int) -> dict[str, Any]:
         )
         results[str(step)] = logs(run(cfg), step)
     return results
+
+
+def resumed_sft_kl(models: Path, output: Path, tp_size: int) -> dict[str, Any]:
+    return resumed(models, output, tp_size, psft={"objective": "sft_kl"})
 
 
 def dropout(models: Path, output: Path, tp_size: int) -> dict[str, Any]:

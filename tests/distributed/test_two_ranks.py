@@ -42,6 +42,17 @@ def test_data_parallel_size_changes_no_step(
     assert max(clip_frac for _, _, _, clip_frac, _ in alone) > 0.05
 
 
+def test_each_rank_scores_its_share_of_the_initial_policy(
+    ranks: list[Any], tiny: Path, tmp_path: Path
+) -> None:
+    psft = {"objective": "sft_kl"}
+    alone = logs(run(config(tiny, tmp_path, micro_batch_size=8, psft=psft)))
+    assert_close(torch.tensor(ranks[0]["sft_kl"]), torch.tensor(alone), **CLOSE)
+    assert max(loss - nll for loss, _, nll, *_ in alone) > 0.01
+    assert ranks[0]["sft_kl parts"] == ["part-0.safetensors", "part-1.safetensors"]
+    assert ranks[0]["sft_kl, resumed"] == ranks[0]["sft_kl, packed"][9:]
+
+
 def test_eval_loss_counts_every_sample_once(
     ranks: list[Any], tiny: Path, tmp_path: Path
 ) -> None:

@@ -1,0 +1,265 @@
+"""The initial policy: scored once, kept beside the checkpoints, looked up by sample.
+
+Here are a sample's digest, the order of scoring and the files. Who computes the
+log-probs is trainer.py; the old policy of a window is old_policy.py.
+"""
+
+import hashlib
+import itertools
+import os
+import shutil
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from axolotl_psft import files
+from axolotl_psft.old_policy import Batch
+from axolotl_psft.packing import IGNORE_INDEX, sample_starts, supervised_targets
+
+_FORMAT = "axolotl_psft.initial_logprobs/1"
+
+
+class InitialPolicyError(RuntimeError):
+    """Log-probs of the initial policy that cannot be used; says why, what to do."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One sample in a micro-batch, in whatever row and with whatever padding."""
+
+    row: int
+    columns: Tensor
+    """[n] int64, ascending: its active tokens in that row."""
+    digest: int
+    """Of its tokens up to the last active one, and of which are active."""
+
+
+def samples(batch: Batch) -> Iterator[Sample]:
+    """The samples of a micro-batch that have active tokens.
+
+    Args:
+        batch: ``input_ids`` and ``labels`` [B, S]; ``position_ids`` where packed;
+            ``attention_mask`` where padded on the left.
+    """
+    where = (batch["labels"], batch.get("position_ids"), batch.get("attention_mask"))
+    targets = supervised_targets(*where).cpu()
+    starts = sample_starts(*where).cpu()
+    ids = batch["input_ids"].cpu()
+    for row in range(len(ids)):
+        bounds = [*starts[row].nonzero().flatten().tolist(), ids.shape[1]]
+        for begin, end in itertools.pairwise(bounds):
+            active = (targets[row, begin:end] != IGNORE_INDEX).nonzero().flatten()
+            if not len(active):  # padding, too
+                continue
+            columns = begin + active
+            # What follows the last active token bears on no log-prob, and may be
+            # padding.
+            span = slice(begin, int(columns[-1]) + 1)
+            yield Sample(row, columns, _digest(ids[row, span], targets[row, span]))
+
+
+def _digest(ids: Tensor, targets: Tensor) -> int:
+    # 64 bits of it: among a million samples, two alike are a matter of 1 in 30 million.
+    sha = hashlib.sha256(torch.stack([ids, targets]).numpy().tobytes())
+    return int.from_bytes(sha.digest()[:8], "little", signed=True)
+
+
+def scoring_batches(
+    lengths: Sequence[int],
+    *,
+    num_rows: int,
+    row_tokens: int | None,
+    rank: int,
+    num_ranks: int,
+) -> list[list[Any]]:
+    """One rank's share of the data set, as micro-batches of indices.
+
+    Similar lengths come together, for little padding, and the longest first: if memory
+    does not suffice, it is seen at once. All ranks get the same number of micro-batches
+    (some repeated), since a sharded model's forward needs all of them.
+
+    Args:
+        lengths: tokens of each sample.
+        num_rows: rows of a micro-batch.
+        row_tokens: what a row holds where samples are packed; None: one sample.
+        rank, num_ranks: among the ranks whose data differ.
+
+    Returns:
+        Micro-batches: lists of indices or, packed, of rows of indices.
+    """
+    order: list[Any] = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    if row_tokens is not None:
+        order = _filled_rows(order, lengths, row_tokens)
+    batches = [order[i : i + num_rows] for i in range(0, len(order), num_rows)]
+    total = -(-len(batches) // num_ranks) * num_ranks
+    return list(itertools.islice(itertools.cycle(batches), rank, total, num_ranks))
+
+
+def _filled_rows(
+    order: list[int], lengths: Sequence[int], row_tokens: int
+) -> list[list[int]]:
+    rows: list[list[int]] = []
+    room = 0
+    for index in order:
+        if not rows or lengths[index] > room:
+            rows.append([])
+            room = row_tokens
+        rows[-1].append(index)
+        room -= lengths[index]
+    return rows
+
+
+class Scores:
+    """One rank's share while it is being scored, in memory until it is saved."""
+
+    def __init__(self) -> None:
+        self._digests: list[int] = []
+        self._sizes: list[int] = []
+        self._logprobs: list[Tensor] = []
+
+    def add(self, batch: Batch, logprobs: Tensor) -> None:
+        """Keep the active tokens of ``logprobs`` [B, S], float32."""
+        logprobs = logprobs.cpu()
+        found = list(samples(batch))
+        self._digests += [sample.digest for sample in found]
+        self._sizes += [len(sample.columns) for sample in found]
+        parts = [logprobs[sample.row, sample.columns] for sample in found]
+        if parts:
+            self._logprobs.append(torch.cat(parts))
+
+    def save(self, folder: Path, *, run_id: str, part: int, num_parts: int) -> None:
+        """Write the share.
+
+        Args:
+            folder: :func:`folder_in` the run's output folder.
+            run_id: the same in all parts of one scoring, and in no other's.
+            part, num_parts: which share this is, of how many.
+        """
+        sizes = torch.tensor(self._sizes, dtype=torch.int64)
+        tensors = {
+            "digests": torch.tensor(self._digests, dtype=torch.int64),
+            "ends": sizes.cumsum(0),
+            "logprobs": torch.cat([torch.zeros(0), *self._logprobs]),
+        }
+        header = {"run_id": run_id, "part": part, "num_parts": num_parts}
+        files.write(_path(folder, part), tensors, header, format=_FORMAT)
+
+
+def folder_in(output_dir: str | os.PathLike) -> Path:
+    """Where a run keeps its initial policy: beside its checkpoints."""
+    return Path(output_dir) / "psft_initial_logprobs"
+
+
+def clear(folder: Path) -> None:
+    """Delete an earlier run's parts."""
+    for path in folder.glob("part-*"):
+        path.unlink()
+
+
+class InitialPolicy:
+    """Log-probs of all samples under the initial policy.
+
+    16 bytes a sample are in memory; the log-probs are read from their files.
+
+    Args:
+        folder: where the parts are.
+        run_id: what :meth:`Scores.save` was given.
+
+    Raises:
+        InitialPolicyError: a part is missing, damaged or another run's. Names the file
+            and the remedy.
+    """
+
+    def __init__(self, folder: Path, run_id: str) -> None:
+        self.folder = folder
+        self.run_id = run_id
+        header, first = _read(folder, 0, run_id)
+        self._parts = [first]
+        for part in range(1, header["num_parts"]):
+            self._parts.append(_read(folder, part, run_id)[1])
+        self._firsts = [0]
+        for tensors in self._parts[:-1]:
+            self._firsts.append(self._firsts[-1] + len(tensors["digests"]))
+        digests = torch.cat([tensors["digests"] for tensors in self._parts])
+        self._digests, self._samples = digests.sort(stable=True)
+
+    def logprobs(self, batch: Batch) -> Tensor:
+        """[B, S] float32, on the micro-batch's device; 0 where no token is active.
+
+        Raises:
+            InitialPolicyError: a sample was not scored.
+        """
+        logprobs = torch.zeros(batch["labels"].shape, dtype=torch.float32)
+        for sample in samples(batch):
+            found = self._find(sample.digest)
+            if found is None:
+                raise InitialPolicyError(
+                    f"{self.folder}: no log-probs for a sample with "
+                    f"{len(sample.columns)} supervised tokens in columns "
+                    f"{sample.columns[0]} to {sample.columns[-1]}. The data are not "
+                    "those that were scored when the run started. Resume with the same "
+                    "datasets, tokenizer, chat template, train_on_inputs, sequence_len,"
+                    " val_set_size and seed, or start a new run with base_model set to "
+                    "the checkpoint."
+                )
+            logprobs[sample.row, sample.columns] = found
+        return logprobs.to(batch["labels"].device)
+
+    def _find(self, digest: int) -> Tensor | None:
+        place = int(torch.searchsorted(self._digests, digest))
+        if place == len(self._digests) or int(self._digests[place]) != digest:
+            return None
+        index = int(self._samples[place])
+        part = bisect_right(self._firsts, index) - 1
+        index -= self._firsts[part]
+        ends = self._parts[part]["ends"]
+        begin = int(ends[index - 1]) if index else 0
+        return self._parts[part]["logprobs"][begin : int(ends[index])]
+
+    def copy_to(self, folder: Path) -> None:
+        """Put the parts beside another run's checkpoints, instead of what is there."""
+        if folder.resolve() == self.folder.resolve():
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        clear(folder)
+        for part in range(len(self._parts)):
+            target = _path(folder, part)
+            partial = target.with_suffix(".partial")
+            shutil.copyfile(_path(self.folder, part), partial)
+            os.replace(partial, target)
+
+
+def _path(folder: Path, part: int) -> Path:
+    return folder / f"part-{part}.safetensors"
+
+
+def _read(
+    folder: Path, part: int, run_id: str
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    path = _path(folder, part)
+    remedy = (
+        f"Put back {folder.name} of the run that wrote the checkpoint, on a disk that "
+        "all nodes share, or start a new run with base_model set to the checkpoint"
+    )
+    try:
+        header, tensors = files.read(path, format=_FORMAT)
+    except FileNotFoundError as error:
+        raise InitialPolicyError(
+            f"{path}: not found; it holds log-probs of the initial policy. {remedy}."
+        ) from error
+    except files.NotIntactError as error:
+        raise InitialPolicyError(
+            f"{path}: truncated, damaged or not a file of log-probs. {remedy}; it is "
+            "never scored again silently, since the model has changed."
+        ) from error
+    if (header["run_id"], header["part"]) != (run_id, part):
+        raise InitialPolicyError(
+            f"{path}: part {header['part']} of another run's initial policy. A run that"
+            f" was started later wrote it, or it was copied. {remedy}."
+        )
+    return header, tensors
