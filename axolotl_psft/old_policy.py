@@ -157,6 +157,11 @@ def load_window(
             size (mid-window) or ``psft`` block. Names the file and the remedy.
     """
     path = window_path(checkpoint, rank)
+    first = window_path(checkpoint, 0)
+    if not path.is_file() and first.is_file() and _read(first)[0]["world_size"] <= rank:
+        # A rank that the run which saved did not have goes on from what the first one
+        # has; that must be the end of a window.
+        path, rank = first, 0
     header, tensors = _read(path)
     _check_belongs(path, header, global_step=global_step, rank=rank, settings=settings)
     if header["batches_per_step"] and header["world_size"] != world_size:

@@ -292,6 +292,22 @@ def test_another_rank(saved: Path):
     assert "belongs to step 6, rank 1; this is step 6, rank 0" in message
 
 
+def test_ranks_that_the_saving_run_did_not_have(tmp_path: Path):
+    first = {**RUN, "rank": 0, "world_size": 1}
+    save_window(tmp_path, Window(start_step=4), **first)
+    for rank in range(3):
+        now = {**RUN, "rank": rank, "world_size": 3}
+        window = load_window(tmp_path, **now).attach(iter([]))
+        assert (window.start_step, list(window.steps)) == (4, [])
+    # A rank that it had, whose file is gone.
+    save_window(tmp_path, Window(start_step=4), **{**first, "world_size": 2})
+    assert "not found" in error_of(tmp_path)
+    # In the middle of a window there is nothing to go on from.
+    save_window(tmp_path, scored(2, 2), **first)
+    with pytest.raises(WindowFileError, match=r"in the middle of a window by 1 "):
+        load_window(tmp_path, **{**RUN, "world_size": 3})
+
+
 def test_another_world_size_mid_window(saved: Path):
     message = error_of(saved, world_size=4)
     assert "by 2 processes, this run has 4. Resume with 2" in message
