@@ -18,11 +18,13 @@ export AXOLOTL_DO_NOT_TRACK := 1
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help install quickstart quickstart-tp2 test lint clean
+.PHONY: help install quickstart quickstart-tp2 evidence evidence-quick test lint clean
 
 help:
 	@echo "make quickstart      install, make a small model, train it with PSFT and SFT"
 	@echo "make quickstart-tp2  the PSFT run again, the model split over two processes"
+	@echo "make evidence        what PSFT does to earlier skills, entropy and RL (90 minutes)"
+	@echo "make evidence-quick  the same with one seed and fewer updates (10 minutes)"
 	@echo "make test            install, lint, type-check and test (about 20 minutes)"
 	@echo "make lint            ruff and mypy only"
 	@echo "make clean           remove outputs/ and .venv/"
@@ -61,6 +63,13 @@ quickstart-tp2: $(STAMP)
 	$(BIN)/python examples/quickstart/skills.py $(OUT)/base $(OUT)/psft-tp2
 	@echo
 	@echo "The trained model:   $(OUT)/psft-tp2"
+
+# Interrupted, it goes on where it was.
+evidence: $(STAMP)
+	$(BIN)/python -m benchmarks.forgetting
+
+evidence-quick: $(STAMP)
+	$(BIN)/python -m benchmarks.forgetting --quick
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

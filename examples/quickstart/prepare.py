@@ -20,6 +20,7 @@ from skill_data import (
     NEW_SKILL,
     PAD,
     Sample,
+    Skill,
     make_sample,
     make_samples,
     make_tokenizer,
@@ -41,9 +42,9 @@ NUM_TRAIN, NUM_TEST = 512, 128
 IGNORE_INDEX = -100
 
 
-def make_model(seed: int) -> Qwen3ForCausalLM:
-    """A Qwen3 of 0.28M parameters with random weights."""
-    words = vocabulary()
+def make_model(seed: int, words: Sequence[str] | None = None) -> Qwen3ForCausalLM:
+    """A Qwen3 of 0.28M parameters with random weights, for these words."""
+    words = words or vocabulary()
     torch.manual_seed(seed)
     return Qwen3ForCausalLM(
         Qwen3Config(
@@ -80,16 +81,21 @@ def collate(
 
 
 def train_base(
-    seed: int, tokenizer: PreTrainedTokenizerFast, max_steps: int = MAX_STEPS
-) -> Qwen3ForCausalLM:
+    model: Qwen3ForCausalLM,
+    skills: Sequence[Skill],
+    tokenizer: PreTrainedTokenizerFast,
+    seed: int,
+    *,
+    learned_loss: float = LEARNED_LOSS,
+    max_steps: int = MAX_STEPS,
+) -> None:
     """Trains the base on every earlier skill, on prompts outside the held-out part."""
-    model = make_model(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_LR, betas=(0.9, 0.98))
     rng = random.Random(seed)
     start = time.perf_counter()
     last_step, smoothed = max_steps, 10.0
     for step in range(1, max_steps + 1):
-        if smoothed < LEARNED_LOSS and last_step == max_steps:
+        if smoothed < learned_loss and last_step == max_steps:
             last_step = min(step + DECAY_STEPS, max_steps)
         if step > last_step:
             break
@@ -98,7 +104,7 @@ def train_base(
         for group in optimizer.param_groups:
             group["lr"] = PEAK_LR * lr_share
         samples = [
-            make_sample(rng.choice(BASE_SKILLS), rng, held_out=False)
+            make_sample(rng.choice(skills), rng, held_out=False)
             for _ in range(BATCH_SIZE)
         ]
         ids, labels = collate(samples, tokenizer)
@@ -114,7 +120,6 @@ def train_base(
         if step % 50 == 0 or step == last_step:
             seconds = time.perf_counter() - start
             print(f"  step {step}  loss {smoothed:.4f}  {seconds:.0f} s", flush=True)
-    return model
 
 
 def write_jsonl(path: Path, samples: Sequence[Sample]) -> None:
@@ -151,7 +156,8 @@ def prepare(output_dir: Path, seed: int) -> None:
     # a busy machine two threads wait for each other far longer than they save.
     torch.set_num_threads(1)
     tokenizer = make_tokenizer()
-    model = train_base(seed, tokenizer)
+    model = make_model(seed)
+    train_base(model, BASE_SKILLS, tokenizer, seed)
     scores = score_model(model, tokenizer)
     print_table({"base": scores})
     if scores.earlier_mean < MIN_BASE_ACCURACY:

@@ -9,6 +9,7 @@ import string
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -23,7 +24,7 @@ HELD_OUT_EVERY = 8
 
 @dataclass(frozen=True)
 class Skill:
-    """A task on a list of distinct letters.
+    """A task on a list of distinct letters, or of other items.
 
     Attributes:
         name: the words that a prompt opens with.
@@ -31,12 +32,16 @@ class Skill:
         solve: (letters, rng) -> one valid answer; the rng has a say only where several
             answers are valid.
         check: (letters, answer) -> whether the answer is valid.
+        items: what a list is drawn from.
+        sizes: fewest and most items of a list.
     """
 
     name: str
     family: str
     solve: Callable[[Sequence[str], random.Random], list[str]]
     check: Callable[[Sequence[str], Sequence[str]], bool]
+    items: Sequence[str] = LETTERS
+    sizes: tuple[int, int] = (MIN_LETTERS, MAX_LETTERS)
 
 
 @dataclass(frozen=True)
@@ -75,14 +80,14 @@ OPERATIONS: dict[str, Operation] = {
 SEPARATORS = {"dash": "-", "plus": "+", "slash": "/", "star": "*"}
 
 
-def _plain(operation: str) -> Skill:
-    """The operation's result as it is: `sort c a b -> a b c`."""
-    solve = OPERATIONS[operation]
+def exact(name: str, family: str, solve: Operation, **options: Any) -> Skill:
+    """One valid answer, the operation's result: `sort c a b -> a b c`."""
     return Skill(
-        name=operation,
-        family=operation,
+        name=name,
+        family=family,
         solve=lambda letters, rng: solve(letters),
         check=lambda letters, answer: list(answer) == solve(letters),
+        **options,
     )
 
 
@@ -108,7 +113,7 @@ def _separated(style: str, operation: str, marks: Sequence[str]) -> Skill:
 
 
 BASE_SKILLS = (
-    *(_plain(operation) for operation in OPERATIONS),
+    *(exact(name, name, operation) for name, operation in OPERATIONS.items()),
     *(
         _separated(style, operation, (mark,))
         for style, mark in SEPARATORS.items()
@@ -130,7 +135,7 @@ def is_held_out(letters: Sequence[str]) -> bool:
 def make_sample(skill: Skill, rng: random.Random, *, held_out: bool) -> Sample:
     """Draws letters from the asked side of the train/test split, and an answer."""
     while True:
-        letters = rng.sample(LETTERS, rng.randint(MIN_LETTERS, MAX_LETTERS))
+        letters = rng.sample(skill.items, rng.randint(*skill.sizes))
         if is_held_out(letters) == held_out:
             answer = skill.solve(letters, rng)
             return Sample(skill, tuple(letters), tuple(answer))
@@ -154,9 +159,9 @@ def vocabulary() -> list[str]:
     return [PAD, EOS, UNK, ARROW, *SEPARATORS.values(), *LETTERS, *sorted(names)]
 
 
-def make_tokenizer() -> PreTrainedTokenizerFast:
+def make_tokenizer(words: Sequence[str] | None = None) -> PreTrainedTokenizerFast:
     """One token a word; words are separated by spaces; nothing is added by itself."""
-    vocab = {word: i for i, word in enumerate(vocabulary())}
+    vocab = {word: i for i, word in enumerate(words or vocabulary())}
     tokenizer = Tokenizer(models.WordLevel(vocab, unk_token=UNK))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(

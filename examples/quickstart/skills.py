@@ -65,6 +65,7 @@ def generate(
     tokenizer: PreTrainedTokenizerBase,
     samples: Sequence[Sample],
     generator: torch.Generator | None = None,
+    max_new_tokens: int = MAX_NEW_TOKENS,
 ) -> list[list[str]]:
     """Answers as words, up to eos; greedy, or sampled where a generator is given."""
     by_length = defaultdict(list)  # prompts of one length need no padding
@@ -75,7 +76,7 @@ def generate(
     for length, group in by_length.items():
         ids = torch.tensor([prompt for _, prompt in group])
         step_input, cache = ids, DynamicCache(config=model.config)
-        for _ in range(MAX_NEW_TOKENS):
+        for _ in range(max_new_tokens):
             output = model(step_input, past_key_values=cache, logits_to_keep=1)
             logits = output.logits[:, -1].float()
             if generator is None:
@@ -96,13 +97,13 @@ def accuracy(samples: Sequence[Sample], answers: Sequence[Sequence[str]]) -> flo
 
 
 @torch.no_grad()
-def entropy_and_nll(
+def answer_logprobs(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     samples: Sequence[Sample],
-) -> tuple[float, float]:
-    """Both in nats per token of the samples' answers, eos included."""
-    entropies, nlls = [], []
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probs [T, V] at every token of the samples' answers, and the tokens [T]."""
+    logprobs, tokens = [], []
     by_length = defaultdict(list)
     for sample in samples:
         prompt = tokenizer.encode(sample.instruction)
@@ -111,10 +112,17 @@ def entropy_and_nll(
     for (prompt_length, _), rows in by_length.items():
         ids = torch.tensor(rows)
         logits = model(input_ids=ids).logits[:, prompt_length - 1 : -1].float()
-        logprobs = logits.log_softmax(-1)
-        entropies.append(-(logprobs.exp() * logprobs).sum(-1).flatten())
-        nlls.append(-logprobs.gather(-1, ids[:, prompt_length:, None]).flatten())
-    return torch.cat(entropies).mean().item(), torch.cat(nlls).mean().item()
+        logprobs.append(logits.log_softmax(-1).flatten(0, 1))
+        tokens.append(ids[:, prompt_length:].flatten())
+    return torch.cat(logprobs), torch.cat(tokens)
+
+
+def entropy_and_nll(
+    logprobs: torch.Tensor, tokens: torch.Tensor
+) -> tuple[float, float]:
+    """Both in nats per token of the samples' answers, eos included."""
+    entropy = -(logprobs.exp() * logprobs).sum(-1).mean()
+    return entropy.item(), -logprobs.gather(-1, tokens[:, None]).mean().item()
 
 
 def score_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Scores:
@@ -135,7 +143,7 @@ def score_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> S
         is_right = sample.skill.check(sample.letters, answer)
         right[sample.skill.family].append(float(is_right))
     rng = torch.Generator().manual_seed(TEST_SEED)
-    entropy, nll = entropy_and_nll(model, tokenizer, new)
+    entropy, nll = entropy_and_nll(*answer_logprobs(model, tokenizer, new))
     return Scores(
         earlier={family: mean(values) for family, values in right.items()},
         new=accuracy(new, generate(model, tokenizer, new)),
