@@ -3,6 +3,8 @@
 Torch only. A packed row holds several samples; position_ids restart at 0 at each.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -51,6 +53,34 @@ def supervised_targets(
     """
     starts = sample_starts(labels, position_ids, attention_mask)
     return labels.masked_fill(starts, IGNORE_INDEX)
+
+
+def attention_lengths(position_ids: Tensor) -> dict[str, Any]:
+    """What varlen attention kernels want to know of a packed batch.
+
+    transformers hands them to flash-attn's kernels as they are; without them each layer
+    derives them from the position ids again, and waits for the device each time.
+
+    Args:
+        position_ids: [B, S], 0 at each sample's first token.
+
+    Returns:
+        By transformers' names: ``cu_seq_lens_q`` and ``cu_seq_lens_k``, [N + 1] int32
+        on the device of ``position_ids``, 0 and the end of each of the N samples in the
+        flattened batch; ``max_length_q`` and ``max_length_k``, int, tokens of the
+        longest. One host synchronization.
+    """
+    on_host = position_ids.cpu()
+    starts = sample_starts(on_host, on_host).flatten().nonzero().flatten()
+    ends = torch.cat([starts, torch.tensor([on_host.numel()])]).to(torch.int32)
+    longest = int(ends.diff().max())
+    on_device = ends.to(position_ids.device, non_blocking=True)
+    return {
+        "cu_seq_lens_q": on_device,
+        "cu_seq_lens_k": on_device,
+        "max_length_q": longest,
+        "max_length_k": longest,
+    }
 
 
 def shift_left(targets: Tensor) -> Tensor:

@@ -18,9 +18,19 @@ class PSFTPlugin(BasePlugin):
 
     def load_datasets(self, cfg: Any, preprocess: bool = False) -> None:
         # Nothing to load: this is the last hook before Axolotl reads the device map,
-        # which on several ranks is the rank's number even where there is no GPU.
+        # which on several ranks is the rank's number even where there is no GPU, and
+        # the attention implementation.
         if cfg.psft and cfg.device == "cpu" and cfg.device_map:
             cfg.device_map = {"": "cpu"}
+        if cfg.psft and cfg.device == "cpu" and "flash" in str(cfg.attn_implementation):
+            from axolotl_psft import attention
+
+            LOG.info(
+                f"psft: attn_implementation: {cfg.attn_implementation} has no kernel "
+                f"on a CPU; {attention.NAME} takes the same arguments there."
+            )
+            attention.register()
+            cfg.attn_implementation = attention.NAME
         if _tensor_parallel(cfg) and not preprocess:
             from axolotl_psft.megatron import engine
 

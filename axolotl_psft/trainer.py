@@ -26,6 +26,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from axolotl_psft import initial_policy, old_policy
+from axolotl_psft.attention import takes_lengths
 from axolotl_psft.causal_lm import (
     TokenLogprobsOutput,
     check_against_logits,
@@ -37,7 +38,11 @@ from axolotl_psft.initial_policy import InitialPolicy
 from axolotl_psft.metrics import TokenSums
 from axolotl_psft.objective import psft_loss, sft_kl_loss, sft_loss
 from axolotl_psft.old_policy import Batch, SavedWindow, Step, Window
-from axolotl_psft.packing import IGNORE_INDEX, supervised_targets
+from axolotl_psft.packing import (
+    IGNORE_INDEX,
+    attention_lengths,
+    supervised_targets,
+)
 from axolotl_psft.sampling import EpochMultipackBatchSampler, set_sampler_epoch
 
 LOG = get_logger(__name__)
@@ -98,7 +103,11 @@ class PSFTTrainer(AxolotlTrainer, _CorrectedLogs):  # type: ignore[misc]
                 "supported. Launch one process a GPU: "
                 "`accelerate launch -m axolotl.cli.train config.yaml`."
             )
-        install_logprobs_forward(unwrap_peft(self.model))
+        model = unwrap_peft(self.model)
+        install_logprobs_forward(model)
+        # Only a packed batch says where its samples begin.
+        is_packed = getattr(self.args, "sample_packing", False)
+        self._takes_lengths = bool(is_packed) and takes_lengths(model)
         self.psft = psft or PSFTConfig()
         # The loss divides by the step's tokens itself: the Trainer must not average
         # over micro-batches again, which it does unless a loss function is set.
@@ -401,6 +410,13 @@ class PSFTTrainer(AxolotlTrainer, _CorrectedLogs):  # type: ignore[misc]
         self._logits_checked = True
 
     # ---- Loss ----
+
+    def _prepare_inputs(self, inputs: Batch) -> Batch:
+        # Into the caller's batch: one that is scored and then trained on has them twice
+        # for the price of once.
+        if self._takes_lengths and "cu_seq_lens_q" not in inputs:
+            inputs.update(attention_lengths(inputs["position_ids"]))
+        return super()._prepare_inputs(inputs)
 
     def compute_loss(
         self,

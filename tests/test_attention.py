@@ -1,0 +1,284 @@
+"""Packed attention: the lengths of a batch, the kernel for CPUs, and the way between.
+
+flash-attn itself needs a GPU; a stand-in with its interface shows what reaches it.
+"""
+
+import math
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import modeling_flash_attention_utils
+
+from axolotl_psft import attention, trainer
+from axolotl_psft.attention import varlen_attention
+from axolotl_psft.packing import attention_lengths
+from tests.tiny import column, config, eval_data, qwen3, run
+
+LENGTHS = (5, 1, 9, 3)
+ENDS = torch.tensor([0, 5, 6, 15, 18])
+# float32: sums of a few dozen terms near 1.
+CLOSE = {"rtol": 0.0, "atol": 1e-6}
+
+
+def positions(lengths: tuple[int, ...]) -> torch.Tensor:
+    return torch.cat([torch.arange(n) for n in lengths])[None]
+
+
+# ---- Lengths ----
+
+
+def test_lengths_of_a_packed_batch() -> None:
+    rows = torch.stack([positions((2, 4))[0], positions((3, 3))[0]])
+    lengths = attention_lengths(rows)
+    assert lengths["cu_seq_lens_q"].tolist() == [0, 2, 6, 9, 12]
+    assert lengths["cu_seq_lens_q"].dtype == torch.int32
+    assert lengths["cu_seq_lens_k"] is lengths["cu_seq_lens_q"]
+    assert (lengths["max_length_q"], lengths["max_length_k"]) == (4, 4)
+    assert type(lengths["max_length_q"]) is int
+
+
+def test_a_row_that_goes_on_from_another_is_a_sample_of_its_own() -> None:
+    lengths = attention_lengths(torch.tensor([[3, 4, 0], [1, 2, 3]]))
+    assert lengths["cu_seq_lens_q"].tolist() == [0, 2, 3, 6]
+
+
+# ---- The kernel ----
+
+
+def reference(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, window: int | None
+) -> torch.Tensor:
+    """One sequence in float64, by the formula; [T, heads, D]."""
+    q, k, v = (x.double() for x in (q, k, v))
+    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+    scores = torch.einsum("ihd,jhd->hij", q, k) * scale
+    i, j = torch.arange(len(q))[:, None], torch.arange(len(q))[None]
+    hidden = j > i
+    if window is not None:
+        hidden |= i - j >= window
+    weights = scores.masked_fill(hidden, -math.inf).softmax(-1)
+    return torch.einsum("hij,jhd->ihd", weights, v)
+
+
+@pytest.mark.parametrize("window", [None, 1, 4, 100])
+@pytest.mark.parametrize("scaling", [None, 0.7])
+def test_each_sequence_attends_to_itself(
+    window: int | None, scaling: float | None
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(18, 4, 8, generator=generator)
+    k, v = (torch.randn(18, 2, 8, generator=generator) for _ in range(2))
+    output = varlen_attention(q, k, v, ENDS, scaling=scaling, sliding_window=window)
+    parts = zip(q.split(LENGTHS), k.split(LENGTHS), v.split(LENGTHS), strict=True)
+    scale = 8**-0.5 if scaling is None else scaling
+    expected = torch.cat([reference(*part, scale, window) for part in parts])
+    torch.testing.assert_close(output.double(), expected, **CLOSE)
+
+
+@pytest.mark.parametrize("ends", [[0, 5, 17], [1, 18], [0, 5, 20]])
+def test_lengths_that_do_not_cover_the_tokens(ends: list[int]) -> None:
+    x = torch.zeros(18, 1, 8)
+    with pytest.raises(ValueError, match=r"run from 0 to the 18 tokens, got"):
+        varlen_attention(x, x, x, torch.tensor(ends))
+
+
+# ---- Through a model ----
+
+
+def packed_and_separate(model: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    ids = torch.randint(0, 60, (1, 18), generator=torch.Generator().manual_seed(1))
+    position_ids = positions(LENGTHS)
+    packed = model(
+        input_ids=ids,
+        position_ids=position_ids,
+        use_cache=False,
+        **attention_lengths(position_ids),
+    ).logits
+    parts = [
+        model(input_ids=part, use_cache=False).logits for part in ids.split(LENGTHS, 1)
+    ]
+    return packed, torch.cat(parts, 1)
+
+
+def test_packed_equals_separate_sequences_forward_and_backward() -> None:
+    attention.register()
+    model = qwen3(vocab_size=60)
+    model.set_attn_implementation(attention.NAME)
+    assert attention.takes_lengths(model)
+    packed, separate = packed_and_separate(model)
+    torch.testing.assert_close(packed, separate, **CLOSE)
+    grads = []
+    for logits in (packed, separate):
+        model.zero_grad()
+        logits.square().sum().backward()
+        grads.append([p.grad.clone() for p in model.parameters()])
+    for ours, theirs in zip(*grads, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padded_rows_agree_with_sdpa(side: str) -> None:
+    attention.register()
+    model = qwen3(vocab_size=60)
+    ids = torch.randint(0, 60, (2, 6), generator=torch.Generator().manual_seed(2))
+    mask = torch.ones(2, 6, dtype=torch.long)
+    mask[0, :2] = 0
+    if side == "right":
+        mask = mask.flip(1)
+    ours, theirs = (
+        (model.set_attn_implementation(name), model(ids, attention_mask=mask).logits)[1]
+        for name in ("sdpa", attention.NAME)
+    )
+    keep = mask.bool()
+    torch.testing.assert_close(ours[keep], theirs[keep], **CLOSE)
+
+
+def test_what_it_cannot_do_is_an_error() -> None:
+    x = torch.zeros(1, 2, 3, 8)
+    with pytest.raises(ValueError, match=r"soft caps.*Use attn_implementation: eager"):
+        attention._attend(torch.nn.Identity(), x, x, x, None, softcap=30.0)
+
+
+class Scalars(TorchDispatchMode):
+    """Counts what makes a host wait for its device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        name = func.overloadpacket.__name__
+        if name in ("_local_scalar_dense", "nonzero", "is_nonzero"):
+            self.counts[name] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def stand_in_for_flash_attn(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """flash-attn's varlen function on a CPU; returns what it was called with."""
+    calls: list[dict[str, Any]] = []
+
+    def varlen(q: Any, k: Any, v: Any, **kwargs: Any) -> torch.Tensor:
+        calls.append(kwargs)
+        # The kernel is told the longest length by an int: a tensor would make it wait.
+        int(kwargs["max_seqlen_q"])
+        with torch.utils._python_dispatch._disable_current_modes():
+            return varlen_attention(q, k, v, kwargs["cu_seqlens_q"])
+
+    def dense(q: Any, k: Any, v: Any, **kwargs: Any) -> torch.Tensor:
+        ends = torch.arange(len(q) + 1) * q.shape[1]
+        flat = (x.flatten(0, 1) for x in (q, k, v))
+        return varlen_attention(*flat, ends).view(q.shape)
+
+    utils = modeling_flash_attention_utils
+    supported = dict.fromkeys(
+        ("dropout_p", "window_size", "deterministic", "softcap", "s_aux"), False
+    )
+    supported |= {"learnable_sink": False, "max_seqlen_q": True, "max_seqlen_k": True}
+
+    def process(**kwargs: Any) -> Any:
+        return utils._process_flash_attention_kwargs(
+            supports_mapping=supported, **kwargs
+        )
+
+    functions = (dense, varlen, None, None, None)
+    monkeypatch.setattr(
+        utils, "lazy_import_flash_attention", lambda *_: (functions, process)
+    )
+    return calls
+
+
+def test_flash_attn_gets_the_lengths_and_no_layer_waits(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    calls = stand_in_for_flash_attn(monkeypatch)
+    model = qwen3(vocab_size=60, num_hidden_layers=3)
+    model.config._attn_implementation = "flash_attention_2"
+    assert attention.takes_lengths(model)
+    packed, separate = packed_and_separate(model)
+    torch.testing.assert_close(packed, separate, **CLOSE)
+    assert len(calls) == 3
+    assert all(call["cu_seqlens_q"].tolist() == ENDS.tolist() for call in calls)
+    assert all(call["max_seqlen_q"] == 9 for call in calls)
+
+    ids = torch.zeros(1, 18, dtype=torch.long)
+    position_ids = positions(LENGTHS)
+    lengths = attention_lengths(position_ids)
+
+    def waits(num_layers: int, given: dict[str, Any]) -> int:
+        model = qwen3(vocab_size=60, num_hidden_layers=num_layers)
+        model.config._attn_implementation = "flash_attention_2"
+        with Scalars() as mode:
+            model(input_ids=ids, position_ids=position_ids, use_cache=False, **given)
+        return sum(mode.counts.values())
+
+    # One in a whole forward: transformers looks once whether the row is packed.
+    assert waits(2, lengths) == waits(5, lengths) == 1
+    # Without them each layer looks at the position ids anew.
+    assert waits(5, {}) - waits(2, {}) >= 3
+
+
+# ---- Through a run ----
+
+PACKED = {
+    "sample_packing": True,
+    "eval_sample_packing": True,
+    # Axolotl makes one row of several for flash-attn, and packs them otherwise.
+    "micro_batch_size": 1,
+    "gradient_accumulation_steps": 2,
+    "eval_steps": 4,
+    "num_epochs": 10,
+    "save_strategy": "no",
+}
+
+
+def test_a_gpu_recipe_runs_on_a_cpu_and_agrees_with_sdpa(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    computed = []
+
+    def count(position_ids: torch.Tensor) -> dict[str, Any]:
+        computed.append(position_ids.shape)
+        return attention_lengths(position_ids)
+
+    monkeypatch.setattr(trainer, "attention_lengths", count)
+    batches = []
+    for name in ("training_step", "prediction_step"):
+        original = getattr(trainer.PSFTTrainer, name)
+
+        def step(*args: Any, original: Any = original, **kwargs: Any) -> Any:
+            batches.append(1)
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(trainer.PSFTTrainer, name, step)
+    options = {**PACKED, **eval_data(tiny)}
+    sdpa = run(config(tiny, tmp_path / "sdpa", **options))
+    assert not computed
+    batches.clear()
+    flash = {"attn_implementation": "flash_attention_2"}
+    varlen = run(config(tiny, tmp_path / "flash", **options, **flash))
+    model_config = varlen.model.config
+    assert model_config._attn_implementation == attention.NAME
+    for name in ("psft/nll", "psft/entropy", "grad_norm", "psft/approx_kl"):
+        assert column(varlen, name) == pytest.approx(
+            column(sdpa, name), rel=1e-5, abs=1e-6
+        )
+    evals = [
+        [e["eval_loss"] for e in t.state.log_history if "eval_loss" in e]
+        for t in (sdpa, varlen)
+    ]
+    assert evals[1] == pytest.approx(evals[0], rel=1e-6)
+    # Once for each micro-batch, though most are scored before they are trained on.
+    assert len(computed) == len(batches) > 8
+
+
+def test_a_run_without_packing_needs_no_lengths(tiny: Path, tmp_path: Path) -> None:
+    flash = {"attn_implementation": "flash_attention_2", "max_steps": 2}
+    dense = run(config(tiny, tmp_path / "flash", **flash))
+    sdpa = run(config(tiny, tmp_path / "sdpa", max_steps=2))
+    assert column(dense, "psft/nll") == pytest.approx(column(sdpa, "psft/nll"))
