@@ -10,7 +10,6 @@ is told by a name that each patch brings, and stays as it is.
 import functools
 import sys
 from collections.abc import Callable
-from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
@@ -84,7 +83,8 @@ _PATCHES: dict[str, tuple[str, Callable[[ModuleType], None]]] = {
 }
 
 
-class _PatchOnImport(MetaPathFinder):
+# No importlib.abc.MetaPathFinder: importing that costs more than all of this file.
+class _PatchOnImport:
     """Lets the other finders find a module, and patches it once it has run."""
 
     def __init__(self) -> None:
@@ -128,5 +128,5 @@ def activate() -> None:
     """Watch for the two Axolotl modules. Idempotent."""
     if not any(isinstance(finder, _PatchOnImport) for finder in sys.meta_path):
         finder = _PatchOnImport()
-        sys.meta_path.insert(0, finder)
+        sys.meta_path.insert(0, finder)  # type: ignore[arg-type]
         finder._patch_completed()
