@@ -1,0 +1,98 @@
+"""Nothing in a checkpoint or a data set is executed, and nothing asks the network."""
+
+import pickle
+import shutil
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from axolotl_psft.old_policy import WindowFileError, window_path
+from tests.tiny import PROMPT, config, run, train_logs
+
+SAVE = {"save_strategy": None, "save_steps": 2, "max_steps": 4}
+
+
+class Bomb:
+    """What a pickle may do when it is loaded: here, leave a file."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> tuple[Any, tuple[str, str]]:
+        return open, (str(self.marker), "w")
+
+
+def test_the_bomb_goes_off_where_pickles_are_loaded(tmp_path: Path) -> None:
+    pickle.loads(pickle.dumps(Bomb(tmp_path / "marker"))).close()
+    assert (tmp_path / "marker").exists()
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """In the middle of a window of four."""
+    output = tmp_path_factory.mktemp("trusted")
+    run(config(tiny, output, **{**SAVE, "max_steps": 2}))
+    return output / "run" / "checkpoint-2"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "optimizer.pt",
+        "scheduler.pt",
+        "rng_state.pth",
+        "training_args.bin",
+        window_path("", 0).name,
+        "model.safetensors",
+    ],
+)
+def test_a_pickle_in_a_checkpoint_is_not_executed(
+    name: str, checkpoint: Path, tiny: Path, tmp_path: Path
+) -> None:
+    marker, folder = tmp_path / "marker", tmp_path / "checkpoint-2"
+    shutil.copytree(checkpoint, folder)
+    assert (folder / name).is_file()
+    (folder / name).write_bytes(pickle.dumps(Bomb(marker)))
+    cfg = config(tiny, tmp_path, resume_from_checkpoint=str(folder), **SAVE)
+    if name == "training_args.bin":
+        # Written, never read.
+        assert len(train_logs(run(cfg))) == 4
+    else:
+        with pytest.raises(Exception) as caught:
+            run(cfg)
+        if name.startswith("psft_window"):
+            assert caught.type is WindowFileError
+    assert not marker.exists()
+
+
+def test_code_in_a_data_set_is_text(tiny: Path, tmp_path: Path) -> None:
+    marker = tmp_path / "marker"
+    bomb = f"__import__('pathlib').Path({str(marker)!r}).touch()"
+    row = '{"instruction": "{{ %s }} {%% %s %%} !!python/object w1", "output": "w2 w3"}'
+    data = tmp_path / "train.jsonl"
+    data.write_text((row % (bomb, bomb) + "\n") * 16)
+    run(config(tiny, tmp_path, datasets=[{"path": str(data), "type": PROMPT}]))
+    assert not marker.exists()
+
+
+def test_a_run_asks_nothing_of_the_network(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Any] = []
+
+    def refuse(self: socket.socket, address: Any, *_: Any) -> None:
+        asked.append(address)
+        raise OSError(f"the network is off, asked for {address}")
+
+    def look_up(host: Any, *_: Any, **__: Any) -> None:
+        asked.append(host)
+        raise OSError(f"the network is off, asked for {host}")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket.socket, "connect_ex", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", look_up)
+    run(config(tiny, tmp_path, **SAVE))
+    # Processes of this machine talk to one another by files.
+    assert [a for a in asked if not isinstance(a, str) or "/" not in a] == []
