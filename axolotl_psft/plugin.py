@@ -5,6 +5,7 @@ from typing import Any
 from axolotl.integrations.base import BasePlugin
 from axolotl.utils.logging import get_logger
 
+from axolotl_psft import data_files
 from axolotl_psft.config import PSFTConfig
 
 LOG = get_logger(__name__)
@@ -12,6 +13,9 @@ LOG = get_logger(__name__)
 
 class PSFTPlugin(BasePlugin):
     """Proximal Supervised Fine-Tuning for Axolotl's causal-LM trainer."""
+
+    # Of the training data, where all of it is local files.
+    _num_rows = 0
 
     def get_input_args(self) -> str:
         return "axolotl_psft.config.PSFTArgs"
@@ -31,6 +35,8 @@ class PSFTPlugin(BasePlugin):
             )
             attention.register()
             cfg.attn_implementation = attention.NAME
+        if cfg.psft:
+            self._num_rows = data_files.check(cfg)
         if _tensor_parallel(cfg) and not preprocess:
             from axolotl_psft.megatron import engine
 
@@ -78,6 +84,20 @@ class PSFTPlugin(BasePlugin):
                 "Remove that plugin or the psft block."
             )
         trainer.psft = PSFTConfig(**cfg.psft)
+        self._report_left_out(cfg, trainer)
+
+    def _report_left_out(self, cfg: Any, trainer: Any) -> None:
+        """Say how many rows are no samples: Axolotl drops them without a word."""
+        num_samples = len(trainer.train_dataset)
+        if cfg.val_set_size and trainer.eval_dataset is not None:
+            num_samples += len(trainer.eval_dataset)
+        # Some prompt strategies make several samples of a row.
+        if 0 < num_samples < self._num_rows:
+            LOG.warning(
+                f"psft: {self._num_rows:,} rows in the data files, {num_samples:,} "
+                f"samples: {self._num_rows - num_samples:,} rows were left out (empty, "
+                "without a supervised token, double, or longer than sequence_len)."
+            )
 
 
 def _tensor_parallel(cfg: Any) -> bool:

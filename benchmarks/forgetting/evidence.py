@@ -4,7 +4,7 @@ What a job does is runs.py's, grpo.py's and text.py's business; what it leaves i
 by report.py.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,38 +34,41 @@ class Evidence:
             for seed in scale.seeds
         ]
         grid, text_grid = plan.grid(scale), plan.text_grid(scale)
-        self.jobs.num_expected = self._count(grid, text_grid)
+        # Until the learning rates are chosen: as if both methods had one.
+        lr = dict.fromkeys(plan.TUNED, scale.lrs[0])
+        text_lr = dict.fromkeys(plan.TUNED, scale.text_lrs[0])
+        self.jobs.num_expected = self._count(lr, text_lr)
         if self.with_text:
             folder = self.folder / "text-base"
             # The longest first.
             bases.insert(
                 0, Job("text-base", text.train_base, (folder, 0, scale.text_base_steps))
             )
-        self.jobs.run(bases)
+        results = self.jobs.run(bases)
 
         jobs = [self._job(run) for run in grid]
         if self.with_text:
             jobs += [self._text_job(run) for run in text_grid]
-        results = self.jobs.run(jobs)
+        results |= self.jobs.run(jobs)
         lr = plan.choose_lr(grid, results, "validation")
         jobs = [self._job(run) for run in plan.others(scale, lr)]
         jobs += [self._grpo_job(stage) for stage in plan.stages(scale, lr)]
-        report: dict[str, Any] = {"lr": lr}
         if self.with_text:
             scores = {r.name: results[f"text-{r.name}"] for r in text_grid}
             text_lr = plan.choose_lr(text_grid, scores, "validation/nll", sign=-1)
             jobs += [self._text_job(run) for run in plan.text_others(scale, text_lr)]
-            report["text_lr"] = text_lr
+        self.jobs.num_expected = self._count(lr, text_lr)
         results |= self.jobs.run(jobs)
-        return {**report, "results": results}
+        chosen = {"lr": lr, "text_lr": text_lr if self.with_text else None}
+        return {**chosen, "results": results}
 
-    def _count(self, grid: Sequence[Run], text_grid: Sequence[Run]) -> int:
-        lr = dict.fromkeys(plan.TUNED, self.scale.lrs[0])
-        names = {run.name for run in (*grid, *plan.others(self.scale, lr))}
-        total = len(self.scale.seeds) + len(names) + len(plan.stages(self.scale, lr))
+    def _count(self, lr: Mapping[str, float], text_lr: Mapping[str, float]) -> int:
+        """Jobs in all."""
+        scale = self.scale
+        runs = {run.name for run in (*plan.grid(scale), *plan.others(scale, lr))}
+        total = len(scale.seeds) + len(runs) + len(plan.stages(scale, lr))
         if self.with_text:
-            lr = dict.fromkeys(plan.TUNED, self.scale.text_lrs[0])
-            texts = (*text_grid, *plan.text_others(self.scale, lr))
+            texts = (*plan.text_grid(scale), *plan.text_others(scale, text_lr))
             total += 1 + len({run.name for run in texts})
         return total
 

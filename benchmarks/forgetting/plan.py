@@ -15,7 +15,6 @@ from benchmarks.forgetting.runs import Run
 METHODS = ("sft", "sft_kl", "psft", "psft_warmup", "psft_noclip")
 # Both have their learning rate tuned; the others take over one of the two.
 TUNED = ("sft", "psft")
-AFTER_RL = ("sft", "psft")
 
 Results = Mapping[str, Mapping[str, Any]]
 
@@ -95,19 +94,27 @@ def text_grid(scale: Scale) -> list[Run]:
 
 
 def others(scale: Scale, lr: Mapping[str, float]) -> list[Run]:
-    """What takes over a tuned learning rate: baselines, variants, ablations."""
+    """What takes over a tuned learning rate: baselines, variants, ablations.
+
+    PSFT and its variants are run at both tuned learning rates: at its own, and at
+    SFT's. Ablations are at the smaller one, where more is left to lose.
+    """
     runs = []
     for seed in scale.seeds:
-        first = Run("psft", lr["psft"], seed, scale.steps, scale.every)
-        runs += [
-            # At PSFT's learning rate: part of the grid, or this is it.
-            replace(first, method="sft"),
-            replace(first, method="sft_kl", lr=lr["sft"]),
-            replace(first, method="psft_warmup"),
-            replace(first, method="psft_noclip"),
-        ]
-        runs += [replace(first, epsilon_high=epsilon) for epsilon in scale.epsilons]
-        runs += [replace(first, refresh_steps=steps) for steps in scale.refreshes]
+        own = Run("psft", lr["psft"], seed, scale.steps, scale.every)
+        runs += [replace(own, method="sft_kl", lr=lr["sft"])]
+        for rate in sorted({*lr.values()}):
+            at = replace(own, lr=rate)
+            runs += [
+                # Part of the grid, or this is it.
+                replace(at, method="sft"),
+                at,
+                replace(at, method="psft_warmup"),
+                replace(at, method="psft_noclip"),
+            ]
+        small = replace(own, lr=min(lr.values()))
+        runs += [replace(small, epsilon_high=epsilon) for epsilon in scale.epsilons]
+        runs += [replace(small, refresh_steps=steps) for steps in scale.refreshes]
     return runs
 
 
@@ -125,16 +132,19 @@ def text_others(scale: Scale, lr: Mapping[str, float]) -> list[Run]:
 
 
 def stages(scale: Scale, lr: Mapping[str, float]) -> list[Stage]:
-    """GRPO from the last checkpoint of the tuned SFT and PSFT runs."""
+    """GRPO after SFT, and after PSFT at its own learning rate and at SFT's."""
+    starts = dict.fromkeys(
+        [("sft", lr["sft"]), ("psft", lr["psft"]), ("psft", lr["sft"])]
+    )
     return [
         Stage(
-            Run(method, lr[method], seed, scale.steps, scale.every).name,
+            Run(method, rate, seed, scale.steps, scale.every).name,
             seed,
             scale.grpo_steps,
             scale.grpo_steps // 6,
         )
         for seed in scale.seeds
-        for method in AFTER_RL
+        for method, rate in starts
     ]
 
 

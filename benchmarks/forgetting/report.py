@@ -58,14 +58,15 @@ def compact(report: Mapping[str, Any], scale: Scale) -> dict[str, Any]:
         return [rounded(x) for x in value] if isinstance(value, list) else value
 
     results = {
-        name: {key: rounded(result[key]) for key in ("points", "log") if key in result}
+        name: {key: rounded(result[key]) for key in ("points", "log")}
         for name, result in sorted(report["results"].items())
+        if "points" in result  # not a base's training
     }
     minutes = sum(r["cpu_seconds"] for r in report["results"].values()) / 60
     return {
         "scale": asdict(scale),
         "lr": report["lr"],
-        "text_lr": report.get("text_lr"),
+        "text_lr": report["text_lr"],
         "cpu_minutes": round(minutes),
         "results": results,
     }
@@ -88,18 +89,26 @@ class Report:
 
     def methods(self) -> dict[str, list[Result]]:
         """The main comparison: a label and its runs, one a seed."""
-        psft = Run("psft", self.lr["psft"], 0, self.scale.steps, self.scale.every)
-        sft = replace(psft, method="sft", lr=self.lr["sft"])
-        rows = {"SFT": sft}
-        if self.lr["sft"] != self.lr["psft"]:
-            rows["SFT at PSFT's lr"] = replace(psft, method="sft")
-        rows |= {
-            "SFT-KL": replace(sft, method="sft_kl"),
-            "PSFT": psft,
-            "PSFT, warm-up": replace(psft, method="psft_warmup"),
-            "PSFT, no clip": replace(psft, method="psft_noclip"),
+        rows: dict[str, Run] = {}
+        for rate in sorted({*self.lr.values()}):
+            psft = Run("psft", rate, 0, self.scale.steps, self.scale.every)
+            at = _variants(psft)
+            if rate != self.lr["sft"]:
+                del at["SFT-KL"]
+            rows |= {f"{label}, lr {rate:g}": run for label, run in at.items()}
+        return {
+            label + self._tuned(run): self._seeds(run) for label, run in rows.items()
         }
-        return {label: self._seeds(run) for label, run in rows.items()}
+
+    def _tuned(self, run: Run) -> str:
+        # At the learning rate that was tuned for it, or for what it is a variant of.
+        tuned = self.lr["psft" if run.method.startswith("psft") else "sft"]
+        return " *" if run.lr == tuned else ""
+
+    def at(self, rate: float) -> dict[str, list[Result]]:
+        """The rows of :meth:`methods` at one learning rate."""
+        part = f", lr {rate:g}"
+        return {k: v for k, v in self.methods().items() if part in k}
 
     def lr_grid(self) -> dict[str, list[Result]]:
         """SFT and PSFT at every learning rate."""
@@ -113,7 +122,8 @@ class Report:
 
     def ablations(self) -> dict[str, list[Result]]:
         """PSFT with other clips and other windows."""
-        psft = Run("psft", self.lr["psft"], 0, self.scale.steps, self.scale.every)
+        rate = min(self.lr.values())
+        psft = Run("psft", rate, 0, self.scale.steps, self.scale.every)
         epsilons = sorted({*self.scale.epsilons, psft.epsilon_high})
         refreshes = sorted({*self.scale.refreshes, psft.refresh_steps})
         rows = {f"epsilon {e:g}": replace(psft, epsilon_high=e) for e in epsilons}
@@ -126,16 +136,11 @@ class Report:
             return {}
         first = plan.text_grid(self.scale)[0]
         psft = replace(first, method="psft", lr=self.text_lr["psft"])
-        sft = replace(first, method="sft", lr=self.text_lr["sft"])
-        rows = {"SFT": sft}
-        if sft.lr != psft.lr:
+        rows = _variants(psft)
+        for method in ("SFT", "SFT-KL"):
+            rows[method] = replace(rows[method], lr=self.text_lr["sft"])
+        if self.text_lr["sft"] != psft.lr:
             rows["SFT at PSFT's lr"] = replace(psft, method="sft")
-        rows |= {
-            "SFT-KL": replace(sft, method="sft_kl"),
-            "PSFT": psft,
-            "PSFT, warm-up": replace(psft, method="psft_warmup"),
-            "PSFT, no clip": replace(psft, method="psft_noclip"),
-        }
         return {label: self._seeds(run, "text-") for label, run in rows.items()}
 
     def text_lr_grid(self) -> dict[str, list[Result]]:
@@ -153,15 +158,12 @@ class Report:
 
     def rl(self) -> dict[str, list[Result]]:
         """The GRPO stages, by what they started from."""
-        stages = plan.stages(self.scale, self.lr)
-        return {
-            f"after {method.upper()}": [
-                self.results[stage.name]
-                for stage in stages
-                if stage.start.startswith(f"{method}-")
-            ]
-            for method in plan.AFTER_RL
-        }
+        rows: dict[str, list[Result]] = {}
+        for stage in plan.stages(self.scale, self.lr):
+            method, _, rest = stage.start.partition("-lr")
+            label = f"after {method.upper()}, lr {rest.partition('-seed')[0]}"
+            rows.setdefault(label, []).append(self.results[stage.name])
+        return rows
 
     def _seeds(self, run: Run, prefix: str = "") -> list[Result]:
         names = [prefix + replace(run, seed=seed).name for seed in self.scale.seeds]
@@ -173,7 +175,7 @@ class Report:
         """Markdown by the name of its place in the document."""
         methods = self.methods()
         tables = {
-            "base": _table(self._starts(methods), _BASE, "base"),
+            "base": _table({"before": next(iter(methods.values()))}, _BASE, "base"),
             "final": _table(methods, {**_CLIP, **_main(_last)}, "method"),
             "best": _table(methods, {**_BEST_STEP, **_main(_best)}, "method"),
             "families": _table(methods, _FAMILIES, "method"),
@@ -190,9 +192,6 @@ class Report:
             tables["text-best"] = _table(texts, _text(_text_best), "method")
             tables["text-lr"] = _table(self.text_lr_grid(), _TEXT_GRID, "method, lr")
         return tables
-
-    def _starts(self, methods: Mapping[str, list[Result]]) -> dict[str, list[Result]]:
-        return {"before fine-tuning": methods["PSFT"]}
 
     def _settings(self) -> str:
         rows = {
@@ -218,11 +217,10 @@ class Report:
             metrics = [_TITLES.get(key, key) for key in keys.split()]
             draw(_logs(rows), folder / name, metrics)
 
-        panels(
-            "methods.png",
-            self.methods(),
-            "in_domain earlier entropy nll earlier_kl psft/clip_frac",
-        )
+        keys = "in_domain earlier entropy nll earlier_kl psft/clip_frac"
+        panels("same-learning-rate.png", self.at(self.lr["sft"]), keys)
+        tuned = {k: v for k, v in self.methods().items() if k.endswith("*")}
+        panels("tuned.png", tuned, keys)
         draw_frontier(self.lr_grid(), folder / "learning-rates.png")
         panels("rl.png", self.rl(), "reward in_domain earlier")
         if self.scale.epsilons:
@@ -232,6 +230,16 @@ class Report:
             sources = ("gsm8k", "hh-rlhf", "math500")
             keys = " ".join(f"{s}/{k}" for k in ("nll", "entropy") for s in sources)
             panels("text.png", self.text_methods(), keys)
+
+
+def _variants(psft: Run) -> dict[str, Run]:
+    return {
+        "SFT": replace(psft, method="sft"),
+        "SFT-KL": replace(psft, method="sft_kl"),
+        "PSFT": psft,
+        "PSFT with warm-up": replace(psft, method="psft_warmup"),
+        "PSFT without clip": replace(psft, method="psft_noclip"),
+    }
 
 
 def _logs(rows: Mapping[str, Sequence[Result]]) -> dict[str, list[Log]]:
