@@ -132,10 +132,8 @@ def text_others(scale: Scale, lr: Mapping[str, float]) -> list[Run]:
 
 
 def stages(scale: Scale, lr: Mapping[str, float]) -> list[Stage]:
-    """GRPO after SFT, and after PSFT at its own learning rate and at SFT's."""
-    starts = dict.fromkeys(
-        [("sft", lr["sft"]), ("psft", lr["psft"]), ("psft", lr["sft"])]
-    )
+    """GRPO after SFT and after PSFT, each at both tuned learning rates."""
+    starts = [(m, rate) for rate in sorted({*lr.values()}) for m in TUNED]
     return [
         Stage(
             Run(method, rate, seed, scale.steps, scale.every).name,
