@@ -10,9 +10,11 @@ is told by a name that each patch brings, and stays as it is.
 import functools
 import sys
 from collections.abc import Callable
-from importlib.machinery import ModuleSpec
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from importlib.machinery import ModuleSpec
 
 _NAME = "axolotl_psft"
 _CLASS = "axolotl_psft.PSFTPlugin"
@@ -92,7 +94,7 @@ class _PatchOnImport:
 
     def find_spec(
         self, fullname: str, path: Any = None, target: Any = None
-    ) -> ModuleSpec | None:
+    ) -> "ModuleSpec | None":
         # A module may have been half imported when activate() ran (it imports torch
         # itself); nobody calls us when it completes, so every import looks.
         self._patch_completed()

@@ -8,7 +8,8 @@ ROOT = Path(__file__).parent.parent
 # What the entry point that torch runs does to a process, in milliseconds: once, and for
 # each of the imports that follow (`import torch` makes some 1500, Axolotl 9000).
 MEASURE = """
-import functools, sys, time, typing  # torch has them by then
+import functools, sys, time, typing, typing_extensions  # torch has them by then
+before = set(sys.modules)
 started = time.process_time()
 from axolotl_psft._autoload import activate
 activate()
@@ -18,7 +19,7 @@ started = time.process_time()
 for i in range(1500):
     finder.find_spec(f"module_{i}", None)
 print(once * 1e3, (time.process_time() - started) * 1e3)
-print(*sorted(set(sys.modules)))
+print(*sorted(set(sys.modules) - before))
 """
 LIMIT_MS = 5.0
 
@@ -38,7 +39,7 @@ def measure() -> tuple[float, float, set[str]]:
 
 def test_import_torch_takes_at_most_five_milliseconds_more() -> None:
     # CPU time, the least of several: what the code costs, not its neighbours.
-    measured = [measure() for _ in range(7)]
+    measured = [measure() for _ in range(20)]
     assert min(once + imports for once, imports, _ in measured) < LIMIT_MS
 
 
