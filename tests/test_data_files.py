@@ -86,7 +86,7 @@ def test_every_local_file_of_a_configuration(tmp_path: Path) -> None:
         )
 
 
-@settings(max_examples=3000, deadline=None)
+@settings(max_examples=1500, deadline=None)
 @given(st.binary(max_size=60).filter(lambda row: b"\n" not in row and b"\r" not in row))
 def test_thousands_of_random_rows(
     tmp_path_factory: pytest.TempPathFactory, row: bytes
@@ -106,7 +106,7 @@ _VALUES = st.recursive(
 )
 
 
-@settings(max_examples=2000, deadline=None)
+@settings(max_examples=1000, deadline=None)
 @given(_VALUES)
 def test_thousands_of_rows_of_random_types(
     tmp_path_factory: pytest.TempPathFactory, value: Any

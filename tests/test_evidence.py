@@ -161,8 +161,9 @@ def test_the_smallest_learning_rate_that_does_as_well_is_chosen() -> None:
             for seed, value in enumerate(values):
                 run = Run(method, lr, seed, 8, 8)
                 grid.append(run)
-                # The best point counts, not the last.
-                points = [{"score": 0.0}, {"score": value}, {"score": 0.1}]
+                # The best point counts, not the last, and not where a run starts.
+                start = 1.0 if lr == 1e-4 else 0.0
+                points = [{"score": start}, {"score": value}, {"score": 0.1}]
                 results[run.name] = {"points": points}
     assert plan.choose_lr(grid, results, "score") == {"sft": 1e-3, "psft": 1e-2}
     negated = {
