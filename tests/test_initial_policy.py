@@ -22,6 +22,8 @@ from axolotl_psft.initial_policy import (
     scoring_batches,
 )
 from axolotl_psft.old_policy import Batch, WindowFileError
+from tests.test_resume import bits
+from tests.test_resume import options as resume_options
 from tests.tiny import (
     PROMPT,
     column,
@@ -474,8 +476,6 @@ def test_loading_workers_score_the_same(tiny: Path, tmp_path: Path) -> None:
 
 # ---- Resume ----
 
-BITWISE = ["loss", "grad_norm", "psft/nll", "psft/approx_kl"]
-
 
 @pytest.fixture(scope="module")
 def noisy(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -488,28 +488,7 @@ def noisy(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def resumable(packed: bool, **overrides: Any) -> dict[str, Any]:
-    return {
-        "psft": SFT_KL,
-        "optimizer": "adamw_torch",
-        "learning_rate": 0.01,
-        "sample_packing": packed,
-        "micro_batch_size": 1 if packed else 4,
-        "gradient_accumulation_steps": 2,
-        "num_epochs": 10,
-        "max_steps": 12,
-        "save_strategy": None,
-        "save_steps": 1,
-        "save_total_limit": 100,
-        **overrides,
-    }
-
-
-def bits(trainer: Any, first_step: int) -> list[list[float]]:
-    return [
-        [entry[key] for key in BITWISE]
-        for entry in train_logs(trainer)
-        if entry["step"] > first_step
-    ]
+    return resume_options(packed, **{"psft": SFT_KL, "max_steps": 12, **overrides})
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["unpacked", "packed"])
