@@ -145,7 +145,6 @@ class PSFTTrainer(AxolotlTrainer, _CorrectedLogs):  # type: ignore[misc]
         self._step_loss = torch.zeros((), device=device)
         self._eval_sums = torch.zeros(3, dtype=torch.float64, device=device)
         self._logits_checked = False
-        self._any_active = False
 
     # ---- Data order ----
 
@@ -167,6 +166,7 @@ class PSFTTrainer(AxolotlTrainer, _CorrectedLogs):  # type: ignore[misc]
             max_steps, train_dataloader, resume_from_checkpoint
         )
         self._reset_run_state()
+        self._check_supervised()
         warmup = self.psft.sft_warmup_steps
         if self.psft.objective == "psft" and warmup >= max_steps:
             LOG.warning(
@@ -186,6 +186,16 @@ class PSFTTrainer(AxolotlTrainer, _CorrectedLogs):  # type: ignore[misc]
                 train_dataloader, resume_from_checkpoint
             )
         return prepared
+
+    def _check_supervised(self) -> None:
+        # Ends at the first supervised token, which is usually in the first sample.
+        samples: Any = self.train_dataset
+        if not any(x != IGNORE_INDEX for row in samples for x in row["labels"]):
+            raise ValueError(
+                f"psft: no supervised token in the {len(samples)} samples: every label "
+                "is -100, and there is nothing to train on. Check train_on_inputs, "
+                "roles_to_train and the chat template or prompt format."
+            )
 
     def _settings(self) -> dict[str, Any]:
         """What must not change between a checkpoint and its resumption."""
@@ -281,15 +291,6 @@ class PSFTTrainer(AxolotlTrainer, _CorrectedLogs):  # type: ignore[misc]
         counts = torch.stack([_num_active(step) for step in steps]).to(self.args.device)
         if dist.is_initialized():
             dist.all_reduce(counts, group=self._data_group)
-        # Once: each look waits for the device.
-        self._any_active = self._any_active or bool(counts.any())
-        if not self._any_active:
-            raise ValueError(
-                f"psft: no supervised token in the first {len(steps)} optimizer steps:"
-                " every label is -100, and there is nothing to train on. Check "
-                "train_on_inputs, roles_to_train and the chat template or prompt "
-                "format."
-            )
         for step, count in zip(steps, counts, strict=True):
             # An optimizer step without a supervised token: loss and gradient are zero.
             step.num_tokens = count.clamp(min=1)

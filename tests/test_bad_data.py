@@ -5,6 +5,7 @@ Whole runs: what is left is what the good rows alone would be.
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -107,3 +108,13 @@ def test_nothing_to_train_on_is_an_error(tiny: Path, tmp_path: Path) -> None:
                 max_steps=4,
             )
         )
+
+
+def test_a_masked_sample_that_comes_first_is_no_reason_to_stop() -> None:
+    from axolotl_psft.trainer import PSFTTrainer
+
+    masked, supervised = {"labels": [-100, -100]}, {"labels": [-100, 5]}
+    check: Any = PSFTTrainer._check_supervised
+    check(SimpleNamespace(train_dataset=[masked, masked, supervised]))
+    with pytest.raises(ValueError, match=r"no supervised token in the 2 samples"):
+        check(SimpleNamespace(train_dataset=[masked, masked]))

@@ -132,8 +132,6 @@ class Report:
 
     def text_methods(self) -> dict[str, list[Result]]:
         """The second experiment's comparison."""
-        if self.text_lr is None:
-            return {}
         first = plan.text_grid(self.scale)[0]
         psft = replace(first, method="psft", lr=self.text_lr["psft"])
         rows = _variants(psft)
@@ -145,8 +143,6 @@ class Report:
 
     def text_lr_grid(self) -> dict[str, list[Result]]:
         """The second experiment's learning rates."""
-        if self.text_lr is None:
-            return {}
         first = plan.text_grid(self.scale)[0]
         return {
             f"{method.upper()} {lr:g}": self._seeds(
