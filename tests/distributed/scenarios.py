@@ -1,16 +1,10 @@
-"""What two data-parallel ranks run, all in one launch: importing Axolotl is the cost.
+"""What two data-parallel ranks run in turn. Judged by test_two_ranks.py."""
 
-`accelerate launch ... -m tests.distributed.scenarios TINY OUTPUT`; every rank writes
-its results to OUTPUT/rank{r}.json. Judged by test_two_ranks.py.
-"""
-
-import json
 import math
-import os
-import sys
 from pathlib import Path
 from typing import Any
 
+from tests.distributed.launch import keep_process_group
 from tests.tiny import config, eval_data, run, train_logs
 
 METRICS = ["loss", "grad_norm", "psft/nll", "psft/clip_frac", "psft/ratio_max"]
@@ -34,6 +28,8 @@ def logs(trainer: Any, first_step: int = 0) -> list[list[float]]:
 
 
 def main(tiny: Path, output: Path) -> dict[str, Any]:
+    """Every scenario's results on this rank, by name."""
+    keep_process_group()
     results: dict[str, Any] = {}
 
     trainer = run(config(tiny, output / "plain", micro_batch_size=4))
@@ -109,16 +105,3 @@ def nan_on_one_rank(tiny: Path, output: Path) -> str:
     finally:
         PSFTTrainer._loss = original
     return "no error"
-
-
-if __name__ == "__main__":
-    import axolotl.train
-
-    # Axolotl ends its process group after a run; a second one over the launcher's
-    # store meets the keys of the first and waits for ever.
-    axolotl.train.cleanup_distributed = lambda: None
-
-    target = Path(sys.argv[2])
-    outcome = main(Path(sys.argv[1]), target)
-    rank = os.environ["RANK"]
-    (target / f"rank{rank}.json").write_text(json.dumps(outcome))

@@ -1,16 +1,13 @@
-"""Runs that must not depend on how the model is split, and who runs them in ranks.
+"""Runs that must not depend on how the model is split, and what ranks do with them.
 
-`accelerate launch ... -m tests.distributed.tensor_parallel MODELS OUTPUT TP NAME...`;
-every rank writes OUTPUT/rank{r}.json. Judged by test_tensor_parallel.py, which runs
-the same configurations dense.
+Judged by test_tensor_parallel.py, which runs the same configurations dense.
 """
 
-import json
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
+from tests.distributed.launch import keep_process_group
 from tests.tiny import config, eval_data, run, train_logs, write_dataset, write_model
 
 METRICS = ["loss", "grad_norm", "psft/nll", "psft/clip_frac", "psft/entropy"]
@@ -115,6 +112,8 @@ def logs(trainer: Any, first_step: int = 0) -> list[list[float]]:
 
 
 def main(models: Path, output: Path, tp_size: int, names: list[str]) -> dict[str, Any]:
+    """The results of runs and scenarios on this rank, by name."""
+    keep_process_group()
     results: dict[str, Any] = {}
     for name in names:
         folder = output / name
@@ -374,16 +373,3 @@ def one_rank_fails(models: Path, output: Path, tp_size: int) -> None:
 
     PSFTTrainer._loss = poisoned
     run(tp_config(models, output, tp_size))
-
-
-if __name__ == "__main__":
-    import axolotl.train
-
-    # Axolotl ends its process group after a run; a second one over the launcher's
-    # store meets the keys of the first and waits for ever.
-    axolotl.train.cleanup_distributed = lambda: None
-
-    target = Path(sys.argv[2])
-    outcome = main(Path(sys.argv[1]), target, int(sys.argv[3]), sys.argv[4:])
-    rank = os.environ.get("RANK", "0")
-    (target / f"rank{rank}.json").write_text(json.dumps(outcome))

@@ -1,6 +1,5 @@
-"""Whole tensor-parallel runs through `accelerate launch` against dense ones."""
+"""Whole tensor-parallel runs against dense ones."""
 
-import json
 import os
 import sys
 import time
@@ -15,12 +14,15 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
 from tests.commands import finish, start
+from tests.distributed.launch import run_distributed
 from tests.distributed.tensor_parallel import (
     DATA_PARALLEL,
     RUNS,
     dense,
     evaluated,
     logs,
+    main,
+    one_rank_fails,
     tp_config,
     write_models,
 )
@@ -42,18 +44,15 @@ def launch(num_processes: int, module: str, *args: str) -> str:
 
 
 class Ranks:
-    """Results of a launch, by name; rank 0's unless said."""
+    """Results of runs in ranks, by name; rank 0's unless said."""
 
     def __init__(
         self, models: Path, output: Path, world_size: int, tp_size: int, *names: str
     ) -> None:
         self.output = output
-        module = "tests.distributed.tensor_parallel"
-        launch(world_size, module, str(models), str(output), str(tp_size), *names)
-        self.ranks = [
-            json.loads((output / f"rank{rank}.json").read_text())
-            for rank in range(world_size)
-        ]
+        self.ranks = run_distributed(
+            main, world_size, models, output, tp_size, list(names), timeout=900
+        )
 
     def __getitem__(self, name: str) -> Any:
         return self.ranks[0][name]
@@ -242,10 +241,10 @@ def test_inference_loads_the_model_whole(models: Path, tmp_path: Path) -> None:
 
 def test_a_failing_rank_ends_all_with_its_message(models: Path, tmp_path: Path) -> None:
     started = time.monotonic()
-    with pytest.raises(AssertionError) as caught:
-        Ranks(models, tmp_path, 2, 2, "one_rank_fails")
-    # The last thing said: by the rank itself where the launcher ends the other at once,
-    # by both where the other still gets to say why it failed.
+    with pytest.raises(RuntimeError) as caught:
+        run_distributed(one_rank_fails, 2, models, tmp_path, 2, timeout=240)
+    # By the rank itself where the other is ended at once, by both where the other still
+    # gets to say why it failed.
     assert "rank 1 met a bad sample" in str(caught.value)
     # Far from the time-out of a collective (120 s): nobody waited for the dead rank.
     assert time.monotonic() - started < 100

@@ -1,7 +1,5 @@
-"""Two gloo ranks through `accelerate launch`: as one process, and exact at resume."""
+"""Two gloo ranks: as one process, and exact at resume."""
 
-import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +7,10 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from tests.commands import finish, start
-from tests.distributed.scenarios import logs
+from tests.distributed.launch import run_distributed
+from tests.distributed.scenarios import logs, main
 from tests.tiny import config, eval_data, run
 
-# --multi_gpu with ACCELERATE_USE_CPU is how accelerate starts several CPU ranks.
-LAUNCH = "launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no"
 # Rounding of float32 sums over other groups of tokens, through eight descent steps.
 CLOSE = {"rtol": 2e-6, "atol": 1e-6}
 
@@ -22,11 +18,7 @@ CLOSE = {"rtol": 2e-6, "atol": 1e-6}
 @pytest.fixture(scope="module")
 def ranks(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
     output = tmp_path_factory.mktemp("ranks")
-    command = [str(Path(sys.executable).parent / "accelerate"), *LAUNCH.split()]
-    command += ["--main_process_port", "0", "-m", "tests.distributed.scenarios"]
-    env = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    finish(start([*command, str(tiny), str(output)], env, Path.cwd()))
-    return [json.loads((output / f"rank{r}.json").read_text()) for r in range(2)]
+    return run_distributed(main, 2, tiny, output, timeout=300)
 
 
 def test_ranks_log_the_same(ranks: list[Any]) -> None:
