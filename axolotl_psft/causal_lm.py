@@ -35,8 +35,6 @@ class TokenLogprobsOutput(ModelOutput):
     """float32, nats, of the distribution that predicts token t. No gradient."""
     mask: Tensor = None  # type: ignore[assignment]
     """bool, True for active tokens."""
-    old_logprobs: Tensor | None = None
-    """As passed in: what belongs to a token travels with the token."""
 
 
 @dataclass(frozen=True)
@@ -70,8 +68,7 @@ def unwrap_peft(model: Any) -> PreTrainedModel:
 def install_logprobs_forward(model: PreTrainedModel) -> None:
     """Let ``model(..., logprob_targets=[B, S])`` return :class:`TokenLogprobsOutput`.
 
-    Idempotent. ``labels`` are ignored in such a call and no cache is built; an
-    ``old_logprobs`` argument is passed through to the output.
+    Idempotent. ``labels`` are ignored in such a call and no cache is built.
 
     Raises:
         ValueError: if the model has no separate backbone and output head, or adds a
@@ -102,7 +99,6 @@ def install_logprobs_forward(model: PreTrainedModel) -> None:
         self: PreTrainedModel,
         *args: Any,
         logprob_targets: Tensor | None = None,
-        old_logprobs: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
         if logprob_targets is None:
@@ -120,7 +116,6 @@ def install_logprobs_forward(model: PreTrainedModel) -> None:
             logprobs=shift_right(logprobs.view(targets.shape)),
             entropy=shift_right(entropy.view(targets.shape)),
             mask=logprob_targets != IGNORE_INDEX,
-            old_logprobs=old_logprobs,
         )
 
     setattr(model, _MARK, original)

@@ -6,8 +6,10 @@ with the settings lives in trainer.py.
 
 import difflib
 import importlib.util
+import json
 import math
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, Literal
 
 from axolotl.utils.logging import get_logger
@@ -61,10 +63,15 @@ _LOSS_OPTIONS = {
     "diffusion": "it replaces the loss by a diffusion objective",
 }
 
+_CONTEXT_PARALLEL = (
+    "each rank has a slice of every sequence, and the last token's log-prob of a slice "
+    "is lost between two ranks. Set it to 1; tensor_parallel_size with "
+    "psft.sequence_parallel splits the activations, too"
+)
 _UNSUPPORTED = {
-    "context_parallel_size": "context parallelism",
-    "sequence_parallel_degree": "context parallelism",
-    "expert_parallel_size": "expert parallelism",
+    "context_parallel_size": _CONTEXT_PARALLEL,
+    "sequence_parallel_degree": _CONTEXT_PARALLEL,
+    "expert_parallel_size": "expert parallelism is not supported yet. Set it to 1",
 }
 
 # Why each cannot be set together with tensor_parallel_size, and what to do.
@@ -80,6 +87,9 @@ _NOT_TENSOR_PARALLEL = {
     "deepspeed": "Megatron-Core shards weights and optimizer itself. Remove it",
     "fp16": "there is no loss scaling. Use `bf16: true`",
     "float16": "there is no loss scaling. Use `bf16: true`",
+    "activation_offloading": "Megatron-Core's step does not offload. Use "
+    "gradient_checkpointing, or psft.sequence_parallel",
+    "layer_offloading": "each rank holds its shard. Remove it",
     "torch_compile": "compiled collectives are not tested. Set it to false",
     "fp32_norms": "all weights have one dtype; the optimizer's are float32. Remove it",
     "fix_untrained_tokens": "it edits whole embeddings. Remove it",
@@ -278,7 +288,7 @@ def check_combination(cfg: Mapping[str, Any]) -> None:
             _refuse(key, cfg[key], f"{reason}. Remove `{key}` or the psft block")
     for key, what in _UNSUPPORTED.items():
         if cfg.get(key) and cfg[key] not in (1, "1"):
-            _refuse(key, cfg[key], f"{what} is not supported yet. Set it to 1")
+            _refuse(key, cfg[key], what)
     if cfg.get("trainer_cls"):
         _refuse("trainer_cls", cfg["trainer_cls"], "psft brings its own. Remove it")
     if cfg.get("processor_type") or cfg.get("is_multimodal"):
@@ -287,22 +297,8 @@ def check_combination(cfg: Mapping[str, Any]) -> None:
             cfg.get("processor_type"),
             "multimodal models are not supported yet. Remove the psft block",
         )
-    for key in ("streaming", "pretraining_dataset"):
-        if cfg.get(key):
-            _refuse(
-                key,
-                cfg[key],
-                "a stream cannot be resumed at the same sample, and is not supported "
-                "yet. Use `datasets:` (for raw text, `type: completion`)",
-            )
-    if cfg.get("relora"):
-        _refuse(
-            "relora",
-            cfg["relora"],
-            "a ReLoRA restart in the middle of a window would change the policy that "
-            "the old log-probs belong to. Use `adapter: lora` without relora",
-        )
-
+    _check_stream(cfg)
+    _check_optimizer(cfg)
     _check_tensor_parallel(cfg)
 
 
@@ -325,6 +321,66 @@ def tensor_parallel_size(cfg: Mapping[str, Any]) -> int:
             "number of GPUs that share one copy of the model; 1 for none."
         )
     return int(size)
+
+
+def _check_stream(cfg: Mapping[str, Any]) -> None:
+    for key in ("streaming", "pretraining_dataset"):
+        if cfg.get(key) and _objective(cfg) == "sft_kl":
+            why = "every sample is scored before the first step. Use `datasets:` alone"
+            _refuse(key, cfg[key], why, other="psft.objective: sft_kl")
+
+
+def _objective(cfg: Mapping[str, Any]) -> str:
+    # Before validation a mapping of the user's, after it a PSFTConfig.
+    block = cfg["psft"]
+    if isinstance(block, Mapping):
+        return str(block.get("objective", "psft"))
+    return getattr(block, "objective", "psft")
+
+
+def _check_optimizer(cfg: Mapping[str, Any]) -> None:
+    """Optimizers and adapters that are not what they are called in some places."""
+    optimizer = str(cfg.get("optimizer") or "adamw_torch_fused")
+    if optimizer in ("lomo", "adalomo") or optimizer.endswith("_layerwise"):
+        why = (
+            "it updates the weights inside each micro-batch's backward pass, before the"
+            " rest of the step and the check for NaN. Use adamw_torch_fused"
+        )
+        _refuse("optimizer", optimizer, why)
+    if cfg.get("relora") and not optimizer.startswith(("adamw_", "paged_adamw_")):
+        why = "a ReLoRA restart resets the state of Adam only. Use adamw_torch"
+        _refuse("optimizer", optimizer, why, other="relora: true")
+    stage = _zero_stage(cfg)
+    is_sharded = stage or cfg.get("fsdp") or cfg.get("fsdp_config")
+    if optimizer == "adafactor" and is_sharded:
+        why = (
+            "its factors of rows and columns need whole weights, not shards. Use "
+            "adamw_torch_fused"
+        )
+        _refuse("optimizer", optimizer, why, other="FSDP or DeepSpeed")
+    if stage == 3 and optimizer.startswith("schedule_free"):
+        why = (
+            "ZeRO-3 calls it once for each group of weights, and it takes each call for"
+            " a step of all. Use ZeRO-2 or adamw_torch_fused"
+        )
+        _refuse("optimizer", optimizer, why, other="DeepSpeed's ZeRO-3")
+    if stage == 3 and cfg.get("peft_use_dora"):
+        why = "DoRA takes norms of whole weights. Use ZeRO-2, or FSDP2"
+        _refuse("peft_use_dora", True, why, other="DeepSpeed's ZeRO-3")
+
+
+def _zero_stage(cfg: Mapping[str, Any]) -> int:
+    """ZeRO's stage, of a DeepSpeed file or the YAML's own block; 0: none."""
+    deepspeed = cfg.get("deepspeed")
+    if isinstance(deepspeed, str):
+        try:
+            deepspeed = json.loads(Path(deepspeed).read_text())
+        except (OSError, ValueError):
+            return 0  # Axolotl's own validation says so.
+    if not isinstance(deepspeed, Mapping):
+        return 0
+    zero = deepspeed.get("zero_optimization")
+    return int(zero.get("stage") or 0) if isinstance(zero, Mapping) else 0
 
 
 def _check_tensor_parallel(cfg: Mapping[str, Any]) -> None:
@@ -381,12 +437,11 @@ def combination_warnings(cfg: Mapping[str, Any]) -> list[str]:
             f"neftune_noise_alpha: {cfg['neftune_noise_alpha']} adds noise to psft's "
             "ratio: old log-probs are scored without it. Remove it."
         )
-    for key in ("deepspeed", "fsdp", "fsdp_config"):
-        if cfg.get(key):
-            warnings.append(
-                f"psft with {key} is not tested in this release: check that "
-                "psft/ratio_mean is 1 where psft/old_policy_age is 0."
-            )
+    if cfg.get("fsdp_config") and str(cfg.get("fsdp_version")) != "2":
+        warnings.append(
+            f"fsdp_version: {cfg.get('fsdp_version')}: psft is tested with FSDP2 only. "
+            "Set fsdp_version: 2."
+        )
     return warnings
 
 

@@ -10,20 +10,23 @@ import os
 import time
 import uuid
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from axolotl.core.trainers.base import AxolotlTrainer
+from axolotl.monkeypatch.relora import ReLoRACallback
 from axolotl.utils.logging import get_logger
 from axolotl.utils.samplers import MultipackBatchSampler, get_dataset_lengths
 from torch import Tensor, nn
 from torch import distributed as dist
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, has_length
 
 from axolotl_psft import initial_policy, old_policy
 from axolotl_psft.attention import takes_lengths
@@ -103,7 +106,9 @@ class PSFTTrainer(AxolotlTrainer, _CorrectedLogs):  # type: ignore[misc]
                 "supported. Launch one process a GPU: "
                 "`accelerate launch -m axolotl.cli.train config.yaml`."
             )
+        _keep_output_dtype(getattr(self.accelerator.state, "fsdp_plugin", None))
         model = unwrap_peft(self.model)
+        _keep_4bit_weights(model)
         install_logprobs_forward(model)
         # Only a packed batch says where its samples begin.
         is_packed = getattr(self.args, "sample_packing", False)
@@ -115,6 +120,11 @@ class PSFTTrainer(AxolotlTrainer, _CorrectedLogs):  # type: ignore[misc]
         # The Trainer would replace a NaN by the running mean and train on.
         self.args.logging_nan_inf_filter = False
         self._reset_run_state()
+
+    @property
+    def _is_stream(self) -> bool:
+        """Whether the training data is read on the way and its size not known."""
+        return not has_length(self.train_dataset)
 
     @property
     def _data_group(self) -> dist.ProcessGroup | None:
@@ -143,6 +153,7 @@ class PSFTTrainer(AxolotlTrainer, _CorrectedLogs):  # type: ignore[misc]
         self._train_sums = TokenSums(device)
         self._score_seconds = 0.0
         self._step_loss = torch.zeros((), device=device)
+        self._old_logprobs: Tensor | None = None
         self._eval_sums = torch.zeros(3, dtype=torch.float64, device=device)
         self._logits_checked = False
 
@@ -174,6 +185,7 @@ class PSFTTrainer(AxolotlTrainer, _CorrectedLogs):  # type: ignore[misc]
                 f"({max_steps} steps): all of it is plain SFT. Lower it."
             )
         if resume_from_checkpoint is not None:
+            self._check_can_resume()
             self._saved_window = old_policy.load_window(
                 resume_from_checkpoint,
                 global_step=self.state.global_step,
@@ -190,12 +202,38 @@ class PSFTTrainer(AxolotlTrainer, _CorrectedLogs):  # type: ignore[misc]
     def _check_supervised(self) -> None:
         # Ends at the first supervised token, which is usually in the first sample.
         samples: Any = self.train_dataset
+        if self._is_stream:
+            return
         if not any(x != IGNORE_INDEX for row in samples for x in row["labels"]):
             raise ValueError(
                 f"psft: no supervised token in the {len(samples)} samples: every label "
                 "is -100, and there is nothing to train on. Check train_on_inputs, "
                 "roles_to_train and the chat template or prompt format."
             )
+
+    def _check_can_resume(self) -> None:
+        args: Any = self.args
+        step, epoch = self.state.global_step, self.state.epoch or 0.0
+        if self._is_stream and epoch >= 1:
+            raise ValueError(
+                f"resume_from_checkpoint: step {step} lies in pass {int(epoch) + 1} "
+                "over a stream, where it can only be found again in the first. Resume "
+                "from an earlier checkpoint, or train without `streaming`."
+            )
+        restart = args.jagged_restart_steps
+        if self._merges_adapters and restart and step >= restart:
+            raise ValueError(
+                f"resume_from_checkpoint: step {step} comes after a ReLoRA restart "
+                f"(jagged_restart_steps: {restart}), and Axolotl's checkpoints do not "
+                "hold what it merged into the weights in a form that it reads. Start "
+                "a new run with base_model set to the merged weights (the relora folder"
+                " of a checkpoint), or use `adapter: lora` without relora."
+            )
+
+    @property
+    def _merges_adapters(self) -> bool:
+        handlers = self.callback_handler.callbacks
+        return any(isinstance(handler, ReLoRACallback) for handler in handlers)
 
     def _settings(self) -> dict[str, Any]:
         """What must not change between a checkpoint and its resumption."""
@@ -268,6 +306,7 @@ class PSFTTrainer(AxolotlTrainer, _CorrectedLogs):  # type: ignore[misc]
         steps = old_policy.collect(
             epoch_iterator, num_steps, self.args.gradient_accumulation_steps
         )
+        self._drop_unfilled(steps)
         self._count_tokens(steps)
         if steps and not self._logits_checked:
             self._check_logits(steps[0].batches[0]["input_ids"])
@@ -279,6 +318,20 @@ class PSFTTrainer(AxolotlTrainer, _CorrectedLogs):  # type: ignore[misc]
                 batch["old_logprobs"] = self._initial_policy.logprobs(batch)
         self._window = Window(start)
         self._window.steps.extend(steps)
+
+    def _drop_unfilled(self, steps: list[Step]) -> None:
+        """Leave out a stream's last micro-batches where they do not fill a step.
+
+        The Trainer counts micro-batches to know when to step, and does not know where
+        a stream ends: their gradients would be added to the next pass's first step.
+        """
+        size = self.args.gradient_accumulation_steps
+        if self._is_stream and steps and len(steps[-1].batches) < size:
+            left_out = len(steps.pop().batches)
+            LOG.info(
+                f"psft: {left_out} micro-batches at the end of the stream do not fill "
+                f"gradient_accumulation_steps: {size} and are left out."
+            )
 
     def _in_psft_phase(self, step: int) -> bool:
         return self.psft.objective == "psft" and step >= self.psft.sft_warmup_steps
@@ -404,14 +457,14 @@ class PSFTTrainer(AxolotlTrainer, _CorrectedLogs):  # type: ignore[misc]
         )
 
     def _check_logits(self, input_ids: Tensor) -> None:
-        model = self.accelerator.unwrap_model(
-            self.model_wrapped, keep_torch_compile=False
-        )
+        model = self.model_wrapped
         low_precision = self.accelerator.mixed_precision != "no" or any(
             parameter.dtype.itemsize < 4 for parameter in model.parameters()
         )
         model.eval()
-        with self.accelerator.autocast():
+        # Through every wrapper, which may hold shards of the weights, but not compiled:
+        # no other call has these shapes.
+        with self.accelerator.autocast(), torch.compiler.set_stance("force_eager"):
             check_against_logits(
                 model,
                 input_ids.to(self.args.device),
@@ -427,7 +480,12 @@ class PSFTTrainer(AxolotlTrainer, _CorrectedLogs):  # type: ignore[misc]
         # for the price of once.
         if self._takes_lengths and "cu_seq_lens_q" not in inputs:
             inputs.update(attention_lengths(inputs["position_ids"]))
-        return super()._prepare_inputs(inputs)
+        prepared = super()._prepare_inputs(inputs)
+        if "old_logprobs" in inputs:
+            # With DeepSpeed the Trainer casts what floats to the dtype of the weights.
+            old_logprobs = inputs["old_logprobs"].to(self.args.device)
+            prepared["old_logprobs"] = old_logprobs
+        return prepared
 
     def compute_loss(
         self,
@@ -446,9 +504,13 @@ class PSFTTrainer(AxolotlTrainer, _CorrectedLogs):  # type: ignore[misc]
             return_outputs: also return the :class:`TokenLogprobsOutput`.
             num_items_in_batch: active tokens of the optimizer step, over all ranks.
         """
+        inputs = {**inputs, "logprob_targets": _targets(inputs)}
+        # Not through the model: FSDP2 casts its inputs to the dtype of the weights, and
+        # the ratio of two policies a step apart is lost in 16 bits.
+        self._old_logprobs = inputs.pop("old_logprobs", None)
         return super().compute_loss(
             model,
-            {**inputs, "logprob_targets": _targets(inputs)},
+            inputs,
             return_outputs=return_outputs,
             num_items_in_batch=num_items_in_batch,
         )
@@ -462,8 +524,14 @@ class PSFTTrainer(AxolotlTrainer, _CorrectedLogs):  # type: ignore[misc]
         if not output.logprobs.requires_grad:
             return self._eval_loss(output)
         logprobs, mask = output.logprobs, output.mask
+        if logprobs.dtype != torch.float32:
+            raise TypeError(
+                f"psft: log-probs came back as {logprobs.dtype}, not float32: "
+                f"{type(self.model_wrapped).__name__} casts the model's outputs. Turn "
+                "that off in its mixed-precision policy."
+            )
         if self._in_psft_phase(self.state.global_step):
-            old = output.old_logprobs
+            old = self._old_logprobs
             loss, sums = psft_loss(
                 logprobs,
                 logprobs.detach() if old is None else old,
@@ -473,10 +541,10 @@ class PSFTTrainer(AxolotlTrainer, _CorrectedLogs):  # type: ignore[misc]
                 num_tokens=num_items_in_batch,
             )
         elif self._initial_policy is not None:
-            assert output.old_logprobs is not None
+            assert self._old_logprobs is not None
             loss, sums = sft_kl_loss(
                 logprobs,
-                output.old_logprobs,
+                self._old_logprobs,
                 mask,
                 kl_coef=self.psft.kl_coef,
                 num_tokens=num_items_in_batch,
@@ -624,6 +692,28 @@ class PSFTTrainer(AxolotlTrainer, _CorrectedLogs):  # type: ignore[misc]
         self._train_sums = TokenSums(self.args.device)
         self._score_seconds = 0.0
         return {f"psft/{name}": value for name, value in metrics.items()}
+
+
+def _keep_output_dtype(fsdp_plugin: Any) -> None:
+    """Let FSDP2 return float32 log-probs from a model of 16-bit weights.
+
+    accelerate's policy casts every module's outputs to the weights' dtype: for hidden
+    states a cast that changes nothing, for log-probs one that loses 16 bits.
+    """
+    policy = getattr(fsdp_plugin, "mixed_precision_policy", None)
+    if isinstance(policy, MixedPrecisionPolicy):
+        fsdp_plugin.mixed_precision_policy = replace(policy, output_dtype=None)
+
+
+def _keep_4bit_weights(model: nn.Module) -> None:
+    """Keep bitsandbytes from packing weights on a CPU when they are first evaluated.
+
+    Packed for inference in bf16, once and for all, they give training other log-probs
+    and other gradients; scoring evaluates them.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010
 
 
 def _check_complete(checkpoint: Path) -> None:

@@ -242,17 +242,12 @@ def test_saving_and_loading_knows_nothing_of_it(tmp_path):
     assert again.state_dict().keys() == model.state_dict().keys()
 
 
-def test_old_logprobs_pass_through_and_labels_are_ignored():
+def test_labels_are_ignored_and_nothing_is_cached():
     model = make()
     install_logprobs_forward(model)
     tokens, targets = example()
-    old = torch.randn(tokens.shape)
-    output = model(
-        input_ids=tokens, labels=tokens, logprob_targets=targets, old_logprobs=old
-    )
-    assert output.old_logprobs is old
+    output = model(input_ids=tokens, labels=tokens, logprob_targets=targets)
     assert "loss" not in output and "past_key_values" not in output
-    assert model(input_ids=tokens, logprob_targets=targets).old_logprobs is None
 
 
 @pytest.mark.parametrize("family", ["Qwen3", "Qwen3 untied"])

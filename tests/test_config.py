@@ -1,5 +1,6 @@
 """Bad input: an error with key, value and remedy, through Axolotl's own validation."""
 
+import json
 import logging
 from pathlib import Path
 from types import SimpleNamespace
@@ -211,9 +212,6 @@ REFUSED = {
     "expert_parallel_size": 2,
     "trainer_cls": "my.Trainer",
     "processor_type": "AutoProcessor",
-    "relora": True,
-    "streaming": True,
-    "pretraining_dataset": "corpus.jsonl",
 }
 REMEDIES = ("Remove", "Set it to 1", "Use ")
 
@@ -244,7 +242,7 @@ def test_the_same_option_turned_off_is_fine(key: str):
     if isinstance(REFUSED[key], int) and REFUSED[key] == 2:
         for one in (1, "1"):
             check_combination({"psft": {}, key: one})
-        with pytest.raises(ValueError, match=f"{key}: 4 cannot .* supported yet"):
+        with pytest.raises(ValueError, match=f"{key}: 4 cannot be combined"):
             check_combination({"psft": {}, key: "4"})
 
 
@@ -455,11 +453,47 @@ def test_no_warning_without_a_block(warnings: list[str]):
     assert warnings == []
 
 
-@pytest.mark.parametrize("key", ["deepspeed", "fsdp", "fsdp_config"])
-def test_untested_engines_are_named(key: str):
-    (warning,) = combination_warnings({key: {"a": 1}})
-    assert warning.startswith(f"psft with {key} is not tested in this release")
-    assert combination_warnings({key: None, "lora_dropout": 0.0}) == []
+@pytest.mark.parametrize("version", [None, 1, "1"])
+def test_fsdp1_is_not_tested(version: Any):
+    cfg = {"fsdp_config": {"offload_params": False}, "fsdp_version": version}
+    (warning,) = combination_warnings(cfg)
+    assert warning.startswith(f"fsdp_version: {version}: psft is tested with FSDP2")
+    assert combination_warnings({**cfg, "fsdp_version": 2}) == []
+    assert combination_warnings({"deepspeed": {"a": 1}, "fsdp_config": None}) == []
+
+
+# ---- Optimizers, adapters and data; tests/matrix.py has the rest ----
+
+
+def zero(stage: Any) -> dict[str, Any]:
+    return {"zero_optimization": {"stage": stage}}
+
+
+@pytest.mark.parametrize("written", [dict, json.dumps])
+def test_zero_stage_of_a_block_or_a_file(tmp_path: Path, written: Any):
+    deepspeed = written(zero(3))
+    if isinstance(deepspeed, str):
+        (tmp_path / "zero3.json").write_text(deepspeed)
+        deepspeed = str(tmp_path / "zero3.json")
+    cfg = {"psft": {}, "deepspeed": deepspeed, "optimizer": "schedule_free_sgd"}
+    with pytest.raises(ValueError, match=r"with DeepSpeed's ZeRO-3: .* Use ZeRO-2"):
+        check_combination(cfg)
+
+
+@pytest.mark.parametrize(
+    "deepspeed", [None, {}, zero(2), zero(None), {"zero_optimization": None}, "no.json"]
+)
+def test_without_zero_3_schedule_free_is_fine(deepspeed: Any):
+    cfg = {"psft": {}, "deepspeed": deepspeed, "optimizer": "schedule_free_adamw"}
+    check_combination({**cfg, "peft_use_dora": True})
+
+
+@pytest.mark.parametrize("key", ["streaming", "pretraining_dataset"])
+def test_a_stream_has_no_initial_policy(key: str):
+    cfg = {"psft": {"objective": "sft_kl"}, key: ["text"]}
+    with pytest.raises(ValueError, match=rf"{key}: .* with psft.objective: sft_kl"):
+        check_combination(cfg)
+    check_combination({**cfg, "psft": {}})
 
 
 @pytest.mark.parametrize(

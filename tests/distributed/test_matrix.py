@@ -1,0 +1,333 @@
+"""Every cell of the README's tables: run and compared, or refused by name."""
+
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from tests.distributed import cpu_ranks
+from tests.distributed.launch import run_alone, run_distributed
+from tests.matrix import (
+    DATA,
+    METHODS,
+    OPTIMIZERS_NOT_HERE,
+    OPTIMIZERS_REFUSED,
+    OPTIMIZERS_RUN,
+    PARALLEL,
+    PSFT,
+    README,
+    STEPS,
+    Cell,
+    Config,
+    all_cells,
+    in_readme,
+    needs_gpu,
+    refusal,
+    write_data,
+)
+from tests.tiny import config, load, run, train_logs
+
+Logs = dict[str, list[float]]
+
+METRICS = ["loss", "grad_norm", "psft/nll", "psft/clip_frac", "psft/ratio_max"]
+CELLS = all_cells()
+# Options that save memory or time, and may round otherwise.
+NEUTRAL = {"checkpointing", "checkpointing, reentrant", "offloading, hidden_states"}
+NEUTRAL |= {"torch.compile"}
+RUN = [cell for cell in CELLS if not refusal(cell) and not needs_gpu(cell)]
+WRAPPED_IN = {
+    "one process": "NO",
+    "DDP": "MULTI_CPU",
+    "FSDP2": "FSDP",
+    "ZeRO-1": "DEEPSPEED",
+    "ZeRO-2": "DEEPSPEED",
+    "ZeRO-3": "DEEPSPEED",
+    # Megatron-Core's wrapper is not accelerate's business.
+    "tensor parallel": "MULTI_CPU",
+}
+
+
+def prepare(cell: Cell) -> None:
+    """Make this process one that can run the cell on a CPU."""
+    if cell.option == "bf16":
+        cpu_ranks.allow_bf16()
+    if cell.option in ("Muon", "8-bit AdamW, torchao"):
+        cpu_ranks.without_compiler()
+    if cell.parallel in ("DDP", "FSDP2"):
+        cpu_ranks.allow_mesh()
+    if cell.parallel == "FSDP2" or cell.parallel.startswith("ZeRO"):
+        cpu_ranks.allow_sharding()
+    if cell.parallel in ("ZeRO-1", "ZeRO-2"):
+        cpu_ranks.allow_zero()
+
+
+def logs_of(trainer: Any, metrics: list[str] = METRICS) -> Logs:
+    entries = train_logs(trainer)
+    return {name: [entry[name] for entry in entries] for name in metrics}
+
+
+def run_cell(folder: Path, output: Path, cell: Cell, **overrides: Any) -> Any:
+    """The cell's logs, and what accelerate took it for."""
+    prepare(cell)
+    options = {**cell.config(folder), **overrides}
+    trainer = run(config(folder, output, **options))
+    return logs_of(trainer), trainer.accelerator.distributed_type.value
+
+
+def run_sft(
+    folder: Path, output: Path, cell: Cell, stock: bool, **overrides: Any
+) -> Logs:
+    """The cell as PSFT that is SFT, or as Axolotl without this plugin."""
+    prepare(cell)
+    options = {**cell.config(folder), **overrides}
+    options["psft"] = {**PSFT, "refresh_steps": 1}
+    if options.get("sample_packing") and not options.get("streaming"):
+        # Packed, Axolotl shuffles by the state of the global generator.
+        options["curriculum_sampling"] = True
+    if stock:
+        options |= {"psft": None, "plugins": None}
+    trainer = run(config(folder, output, **options))
+    loss = "loss" if stock else "psft/nll"
+    logs = logs_of(trainer, [loss, "grad_norm"])
+    return {"loss": logs[loss], "grad_norm": logs["grad_norm"]}
+
+
+def tolerance(cell: Cell) -> dict[str, float]:
+    """How far two orders of summation may take the cell's metrics in six steps."""
+    if cell.option == "bf16":
+        # 8 bits of mantissa; weights in bf16 or not, by wrapper; tokens near the bound
+        # are clipped or not, and their gradients come and go.
+        return {"rtol": 0.05, "atol": 0.05}
+    if cell.option == "Muon":
+        # Orthogonalized in bf16, by other code on one process than on several.
+        return {"rtol": 0.02, "atol": 0.01}
+    if cell.option.startswith("8-bit") and cell.parallel not in ("one process", "DDP"):
+        # A shard is rounded in other blocks than the whole.
+        return {"rtol": 0.01, "atol": 0.005}
+    if "Adam" in cell.option or cell.method == "ReLoRA" or "Ada" in cell.option:
+        # Divides by the root of gradients that may be all rounding.
+        return {"rtol": 1e-4, "atol": 1e-4}
+    return {"rtol": 5e-6, "atol": 2e-6}
+
+
+def check_close(ours: Logs, theirs: Logs, cell: Cell) -> None:
+    limits = tolerance(cell)
+    for name in theirs:
+        if name == "psft/clip_frac" and limits["atol"] > 1e-3:
+            # Of some 50 tokens, those that such a difference takes over the bound.
+            limits = {**limits, "atol": 0.1}
+        ours_, expected = torch.tensor(ours[name]), torch.tensor(theirs[name])
+        assert_close(ours_, expected, **limits, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def check_objective(logs: Logs, cell: Cell) -> None:
+    """What PSFT's metrics must be in any run of the matrix."""
+    assert len(logs["loss"]) == STEPS
+    assert torch.tensor(list(logs.values())).isfinite().all()
+    ratio_max = logs["psft/ratio_max"]
+    assert ratio_max[0] == ratio_max[PSFT["refresh_steps"]] == 1
+    # These two have schedules of their own; elsewhere the first learning rate is 0.
+    if cell.option != "schedule-free" and cell.method != "ReLoRA":
+        # Scoring and training compute the same log-probs, in any precision.
+        assert ratio_max[1] == pytest.approx(1, abs=1e-5)
+    assert ratio_max[2] > 1.001
+    assert max(logs["psft/clip_frac"]) > 0
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_data(tmp_path_factory.mktemp("matrix"))
+
+
+@pytest.fixture(scope="module")
+def one_process(
+    folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., Logs]:
+    """A cell's logs in one process, by accumulation steps; each run once."""
+    made: dict[Any, Logs] = {}
+
+    def result(cell: Cell, accumulation: int) -> Logs:
+        cell = replace(cell, parallel="one process")
+        if (cell, accumulation) not in made:
+            output = tmp_path_factory.mktemp("one")
+            steps = {"gradient_accumulation_steps": accumulation}
+            made[cell, accumulation], _ = run_alone(_run, folder, output, cell, steps)
+        return made[cell, accumulation]
+
+    return result
+
+
+def _run(folder: Path, output: Path, cell: Cell, overrides: Config) -> Any:
+    return run_cell(folder, output, cell, **overrides)
+
+
+def ids(cell: Cell) -> str:
+    return str(cell)
+
+
+@pytest.mark.parametrize("cell", [c for c in RUN if c.num_ranks], ids=ids)
+def test_two_ranks_equal_one_process(
+    folder: Path, tmp_path: Path, one_process: Any, cell: Cell
+) -> None:
+    # Data-parallel ranks share a step's micro-batches, those of a group have all.
+    accumulation = 1 if cell.parallel == "tensor parallel" else 2
+    expected = one_process(cell, accumulation)
+    job = (run_cell, cell.num_ranks, folder, tmp_path, cell)
+    for logs, distributed_type in run_distributed(*job, timeout=180):
+        assert distributed_type == WRAPPED_IN[cell.parallel]
+        check_objective(logs, cell)
+        check_close(logs, expected, cell)
+
+
+ALONE = [cell for cell in RUN if not cell.num_ranks]
+
+
+@pytest.mark.parametrize("cell", [c for c in ALONE if c.option in NEUTRAL], ids=ids)
+def test_what_saves_memory_or_time_changes_nothing(
+    folder: Path, tmp_path: Path, one_process: Any, cell: Cell
+) -> None:
+    logs, _ = run_alone(run_cell, folder, tmp_path, cell, timeout=180)
+    check_objective(logs, cell)
+    check_close(logs, one_process(replace(cell, option=""), 1), cell)
+
+
+@pytest.mark.parametrize("cell", [c for c in ALONE if c.option not in NEUTRAL], ids=ids)
+def test_one_process_equals_stock_axolotl(
+    folder: Path, tmp_path: Path, cell: Cell
+) -> None:
+    psft, _ = run_alone(run_cell, folder, tmp_path / "psft", cell)
+    check_objective(psft, cell)
+    ours = run_alone(run_sft, folder, tmp_path / "sft", cell, False)
+    stock = run_alone(run_sft, folder, tmp_path / "stock", cell, True)
+    check_close(ours, stock, cell)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS_RUN)
+def test_optimizer_equals_stock_axolotl(
+    folder: Path, tmp_path: Path, name: str
+) -> None:
+    # Without its compiler, as 8-bit AdamW of the tables.
+    cell = Cell(option="8-bit AdamW, torchao")
+    job = (run_optimizer, folder)
+    ours = run_alone(*job, tmp_path / "sft", cell, name, False)
+    stock = run_alone(*job, tmp_path / "stock", cell, name, True)
+    assert ours["grad_norm"][0] != ours["grad_norm"][-1]
+    check_close(ours, stock, cell)
+
+
+def run_optimizer(
+    folder: Path, output: Path, cell: Cell, name: str, stock: bool
+) -> Logs:
+    return run_sft(folder, output, cell, stock, optimizer=name)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS_REFUSED)
+def test_updates_inside_backward_are_refused(
+    folder: Path, tmp_path: Path, name: str
+) -> None:
+    message = f"optimizer: {name} cannot be combined with a psft block"
+    with pytest.raises(ValueError, match=message):
+        load(config(folder, tmp_path, **Cell().config(folder) | {"optimizer": name}))
+
+
+def test_every_optimizer_of_axolotl_is_in_the_readme() -> None:
+    from axolotl.utils.schemas.enums import CustomSupportedOptimizers
+    from transformers.training_args import OptimizerNames
+
+    known = [*OPTIMIZERS_RUN, *OPTIMIZERS_REFUSED, *OPTIMIZERS_NOT_HERE]
+    offered = {each.value for each in (*OptimizerNames, *CustomSupportedOptimizers)}
+    assert sorted(known) == sorted(offered)
+
+
+# Adam: FSDP2's loader of optimizer states cannot find the device of SGD's none.
+RESUMED = [
+    *(Cell(parallel, option="AdamW") for parallel in WRAPPED_IN),
+    *(Cell(data=data) for data in DATA),
+    *(Cell(method=method) for method in METHODS if method != "ReLoRA"),
+]
+
+
+@pytest.mark.parametrize("cell", dict.fromkeys(RESUMED), ids=ids)
+def test_resumes_to_the_last_bit(folder: Path, tmp_path: Path, cell: Cell) -> None:
+    saves = {"save_strategy": None, "save_steps": 4}
+    whole = _in_processes(folder, tmp_path / "whole", cell, saves)
+    checkpoint = str(tmp_path / "whole" / "run" / "checkpoint-4")
+    resume = {"resume_from_checkpoint": checkpoint}
+    # The log of a resumed run begins with that of the first steps.
+    assert _in_processes(folder, tmp_path / "resumed", cell, resume) == whole
+
+
+def _in_processes(folder: Path, output: Path, cell: Cell, overrides: Config) -> Logs:
+    job = (folder, output, cell, overrides)
+    if cell.num_ranks is None:
+        return run_alone(_run, *job)[0]
+    return run_distributed(_run, cell.num_ranks, *job, timeout=180)[0][0]
+
+
+@pytest.mark.parametrize("data", ["streaming", "pretraining text"])
+def test_a_stream_ends_and_begins_again(
+    folder: Path, tmp_path: Path, data: str
+) -> None:
+    """A second pass, after micro-batches that do not fill a step; not resumable."""
+    cell = Cell(data=data)
+    size = {"gradient_accumulation_steps": 5, "max_steps": 40}
+    saves = {"save_strategy": None, "save_steps": 1, "save_total_limit": 50}
+    logs, _ = run_alone(_run, folder, tmp_path, cell, {**size, **saves})
+    # Leftovers of the first pass would count twice: a loss of -2, a gradient of two.
+    loss, ratio = torch.tensor(logs["loss"]), torch.tensor(logs["psft/ratio_max"])
+    assert len(loss) == 40
+    assert_close(loss[ratio == 1], torch.full_like(loss[ratio == 1], -1.0))
+    resume = {"resume_from_checkpoint": str(tmp_path / "run" / "checkpoint-39")}
+    with pytest.raises(RuntimeError, match=r"lies in pass \d over a stream"):
+        run_alone(_run, folder, tmp_path / "again", cell, {**size, **resume})
+
+
+def test_relora_is_not_resumed_after_a_restart(folder: Path, tmp_path: Path) -> None:
+    cell, saves = Cell(method="ReLoRA"), {"save_strategy": None, "save_steps": 1}
+    run_alone(_run, folder, tmp_path, cell, {**saves, "save_total_limit": 9})
+    resume = {"resume_from_checkpoint": str(tmp_path / "run" / "checkpoint-3")}
+    with pytest.raises(RuntimeError, match="step 3 comes after a ReLoRA restart"):
+        run_alone(_run, folder, tmp_path / "again", cell, resume)
+
+
+@pytest.mark.parametrize("cell", [c for c in CELLS if refusal(c)], ids=ids)
+def test_what_cannot_be_right_is_refused(
+    folder: Path, tmp_path: Path, cell: Cell
+) -> None:
+    reason = refusal(cell)
+    assert reason is not None
+    with pytest.raises(ValueError, match=reason.message) as error:
+        load(config(folder, tmp_path, **cell.config(folder)))
+    if reason.by == "psft":
+        assert re.search(r"\b(Use|use|Set|Remove)\b", str(error.value)), "no remedy"
+
+
+@pytest.mark.parametrize(
+    "cell", [c for c in CELLS if not refusal(c) and needs_gpu(c)], ids=ids
+)
+def test_what_needs_a_gpu_is_valid(folder: Path, tmp_path: Path, cell: Cell) -> None:
+    job = (validated_window, folder, tmp_path, cell)
+    if cell.num_ranks is None:
+        assert run_alone(*job) == PSFT["refresh_steps"]
+    else:
+        func, *args = job
+        steps = run_distributed(func, cell.num_ranks, *args)
+        assert steps == [PSFT["refresh_steps"]] * cell.num_ranks
+
+
+def validated_window(folder: Path, output: Path, cell: Cell) -> int:
+    prepare(cell)
+    return load(config(folder, output, **cell.config(folder))).psft["refresh_steps"]
+
+
+def test_tables_in_the_readme() -> None:
+    assert README.read_text() == in_readme(), "run python -m tests.matrix"
+
+
+def test_every_cell_says_how_it_is_wrapped() -> None:
+    assert set(WRAPPED_IN) == set(PARALLEL) - {"context parallel"}
