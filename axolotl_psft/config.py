@@ -91,6 +91,10 @@ _NOT_TENSOR_PARALLEL = {
     "max_memory": "each rank holds its shard. Remove it",
 }
 
+# Attention that gets packed rows as one sequence each. Of kernels from the hub nobody
+# knows; Axolotl warns there.
+_SEE_EACH_OTHER = (None, "fp8")
+
 _TENSOR_PARALLEL_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "sgd")
 
 
@@ -240,10 +244,12 @@ class PSFTArgs(BaseModel):
         return {**data, "tensor_parallel_size": 1, "psft_tensor_parallel_size": tp_size}
 
     @model_validator(mode="after")
-    def _warn(self) -> "PSFTArgs":
+    def _fits_what_axolotl_made_of_it(self) -> "PSFTArgs":
         if self.psft is not None:
+            cfg = self.model_dump()
+            check_packing(cfg)
             warnings = self.psft.settings_without_effect()
-            warnings += combination_warnings(self.model_dump())
+            warnings += combination_warnings(cfg)
             for warning in warnings:
                 _warn_once(warning)
         return self
@@ -304,6 +310,28 @@ def check_combination(cfg: Mapping[str, Any]) -> None:
         )
 
     _check_tensor_parallel(cfg)
+
+
+def check_packing(cfg: Mapping[str, Any]) -> None:
+    """Refuse packed rows whose samples would see each other.
+
+    Axolotl warns of it; here it would also be other numbers than unpacked.
+
+    Args:
+        cfg: after validation, where attn_implementation has replaced older keys.
+
+    Raises:
+        ValueError: names the key, its value and the remedy.
+    """
+    for key in ("sample_packing", "eval_sample_packing"):
+        if cfg.get(key) and cfg.get("attn_implementation") in _SEE_EACH_OTHER:
+            _refuse(
+                "attn_implementation",
+                cfg.get("attn_implementation") or "not set",
+                "the samples of a packed row would see each other. Use "
+                "flash_attention_2, or sdpa where flash-attn is not installed",
+                other=f"{key}: {cfg[key]} and a psft block",
+            )
 
 
 def tensor_parallel_size(cfg: Mapping[str, Any]) -> int:
