@@ -4,18 +4,17 @@ flash-attn itself needs a GPU; a stand-in with its interface shows what reaches 
 """
 
 import math
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import modeling_flash_attention_utils
 
 from axolotl_psft import attention, trainer
 from axolotl_psft.attention import varlen_attention
 from axolotl_psft.packing import attention_lengths
+from tests.host_waits import HostWaits
 from tests.tiny import column, config, eval_data, qwen3, run
 
 LENGTHS = (5, 1, 9, 3)
@@ -156,22 +155,6 @@ def test_which_attention_wants_lengths() -> None:
         assert attention.takes_lengths(model) == (name in names)
 
 
-class Scalars(TorchDispatchMode):
-    """Counts what makes a host wait for its device."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.counts: Counter[str] = Counter()
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        name = func.overloadpacket.__name__
-        if name in ("_local_scalar_dense", "nonzero", "is_nonzero"):
-            self.counts[name] += 1
-        return func(*args, **(kwargs or {}))
-
-
 def stand_in_for_flash_attn(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """flash-attn's varlen function on a CPU; returns what it was called with."""
     calls: list[dict[str, Any]] = []
@@ -226,9 +209,9 @@ def test_flash_attn_gets_the_lengths_and_no_layer_waits(
     def waits(num_layers: int, given: dict[str, Any]) -> int:
         model = qwen3(vocab_size=60, num_hidden_layers=num_layers)
         model.config._attn_implementation = "flash_attention_2"
-        with Scalars() as mode:
+        with HostWaits() as mode:
             model(input_ids=ids, position_ids=position_ids, use_cache=False, **given)
-        return sum(mode.counts.values())
+        return mode.total
 
     # One in a whole forward: transformers looks once whether the row is packed.
     assert waits(2, lengths) == waits(5, lengths) == 1
@@ -294,9 +277,9 @@ def test_no_layer_of_flex_attention_waits(flex: list[Any]) -> None:
         model = qwen3(vocab_size=60, num_hidden_layers=num_layers)
         model.set_attn_implementation("flex_attention")
         ids = torch.zeros(1, 18, dtype=torch.long)
-        with Scalars() as mode, torch.no_grad():
+        with HostWaits() as mode, torch.no_grad():
             model(ids, position_ids=positions(LENGTHS), use_cache=False)
-        return sum(mode.counts.values())
+        return mode.total
 
     # transformers looks once whether the row is packed.
     assert waits(2) == waits(5) == 1
