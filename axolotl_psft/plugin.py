@@ -29,7 +29,10 @@ class PSFTPlugin(BasePlugin):
         if cfg.psft and cfg.device == "cpu":
             _stand_in_on_cpu(cfg)
         if cfg.psft:
-            self._num_rows = data_files.check(cfg)
+            report = data_files.check(cfg)
+            self._num_rows = report.num_rows
+            for note in report.notes:
+                LOG.warning(f"psft: {note}")
         if _tensor_parallel(cfg) and not preprocess:
             from axolotl_psft.megatron import engine
 
