@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from axolotl.core.trainers.base import AxolotlTrainer
 from axolotl.utils.logging import get_logger
@@ -188,13 +189,19 @@ class PSFTTrainer(AxolotlTrainer, _CorrectedLogs):  # type: ignore[misc]
         return prepared
 
     def _check_supervised(self) -> None:
-        # Ends at the first supervised token, which is usually in the first sample.
         samples: Any = self.train_dataset
-        if not any(x != IGNORE_INDEX for row in samples for x in row["labels"]):
+        num_masked = _num_masked(samples)
+        remedy = "Check train_on_inputs, roles_to_train and the chat template or prompt"
+        if num_masked == len(samples):
             raise ValueError(
-                f"psft: no supervised token in the {len(samples)} samples: every label "
-                "is -100, and there is nothing to train on. Check train_on_inputs, "
-                "roles_to_train and the chat template or prompt format."
+                f"psft: no supervised token in the {num_masked} samples: every label "
+                f"is -100, and there is nothing to train on. {remedy} format."
+            )
+        if num_masked:
+            LOG.warning(
+                f"psft: {num_masked:,} of {len(samples):,} samples have no supervised "
+                f"token. They change no gradient, but fill micro-batches. {remedy} "
+                "format; with sample_packing they are left out."
             )
 
     def _settings(self) -> dict[str, Any]:
@@ -638,6 +645,18 @@ def _check_complete(checkpoint: Path) -> None:
             " ended while it was being written. Delete it and resume from a complete "
             f"one; here are {others or 'none'}."
         )
+
+
+def _num_masked(samples: Any) -> int:
+    """How many samples of a data set have no supervised token."""
+    num_masked = 0
+    for table in samples.select_columns("labels").with_format("arrow").iter(1000):
+        labels = table["labels"].combine_chunks()
+        supervised = np.asarray(labels.flatten()) != IGNORE_INDEX
+        before = np.concatenate([[0], supervised.cumsum()])
+        ends = np.asarray(labels.value_lengths()).cumsum()
+        num_masked += int((np.diff(before[ends], prepend=0) == 0).sum())
+    return num_masked
 
 
 def _targets(batch: Batch) -> Tensor:
