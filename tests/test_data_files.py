@@ -444,7 +444,7 @@ def test_thousands_of_random_conversations(strategy: Any, row: Any) -> None:
     expected = {i for i, x in enumerate(labels) if x != -100}
     assert all(labels[i] == ids[i] for i in expected)
     trained = [
-        m.get("train") if m.get("train") is not None else m["role"] == "assistant"
+        m["role"] == "assistant" if m.get("train") is None else m["train"] in (True, 1)
         for m in row["messages"]
     ]
     assert bool(expected) <= any(trained)
