@@ -87,8 +87,23 @@ _NOT_TENSOR_PARALLEL = {
     "embedding_lr": "one learning rate is supported. Remove it",
     "embedding_lr_scale": "one learning rate is supported. Remove it",
     "lr_groups": "one learning rate is supported. Remove it",
+    "auto_find_batch_size": "a rank without memory would start over alone. Remove it",
     "gpu_memory_limit": "each rank holds its shard. Remove it",
     "max_memory": "each rank holds its shard. Remove it",
+}
+
+# Of each objective that compares with scored log-probs: what it computes from them, and
+# whose they are.
+_SCORED = {
+    "psft": ("psft's ratio", "old log-probs are"),
+    "sft_kl": ("sft_kl's penalty", "the initial policy is"),
+}
+
+# What tells whether an engine trains as it should.
+_UNTESTED = {
+    "psft": "psft/ratio_mean is 1 where psft/old_policy_age is 0",
+    "sft": "the first psft/nll is that of one process",
+    "sft_kl": "psft/approx_kl is near 0 in the first step",
 }
 
 # Attention that gets packed rows as one sequence each. Of kernels from the hub nobody
@@ -386,16 +401,12 @@ def _refuse(key: str, value: Any, why: str, *, other: str = "a psft block") -> N
 
 def combination_warnings(cfg: Mapping[str, Any]) -> list[str]:
     """Settings elsewhere in the YAML that psft makes ineffective or noisy."""
+    objective = (cfg.get("psft") or {}).get("objective", "psft")
     warnings = []
-    if cfg.get("loss_watchdog_threshold") is not None:
+    if objective == "psft" and cfg.get("loss_watchdog_threshold") is not None:
         warnings.append(
             f"loss_watchdog_threshold: {cfg['loss_watchdog_threshold']} has no effect "
             "with psft: the loss stays near -1. Watch psft/nll."
-        )
-    if cfg.get("lora_dropout"):
-        warnings.append(
-            f"lora_dropout: {cfg['lora_dropout']} adds noise to psft's ratio: old "
-            "log-probs are scored without dropout. Set lora_dropout: 0."
         )
     if _trains_bf16_weights(cfg):
         warnings.append(
@@ -404,16 +415,21 @@ def combination_warnings(cfg: Mapping[str, Any]) -> list[str]:
             " away. Use tensor_parallel_size (float32 copies of the weights), an "
             "adapter, or bf16: false with tf32: true."
         )
-    if cfg.get("neftune_noise_alpha"):
-        warnings.append(
-            f"neftune_noise_alpha: {cfg['neftune_noise_alpha']} adds noise to psft's "
-            "ratio: old log-probs are scored without it. Remove it."
-        )
+    for key, remedy in (
+        ("lora_dropout", "Set lora_dropout: 0"),
+        ("neftune_noise_alpha", "Remove it"),
+    ):
+        if cfg.get(key) and objective in _SCORED:
+            noisy, scored = _SCORED[objective]
+            warnings.append(
+                f"{key}: {cfg[key]} adds noise to {noisy}: {scored} scored without it. "
+                f"{remedy}."
+            )
     for key in ("deepspeed", "fsdp", "fsdp_config"):
         if cfg.get(key):
             warnings.append(
                 f"psft with {key} is not tested in this release: check that "
-                "psft/ratio_mean is 1 where psft/old_policy_age is 0."
+                f"{_UNTESTED[objective]}."
             )
     return warnings
 

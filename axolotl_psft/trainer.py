@@ -115,6 +115,7 @@ class PSFTTrainer(AxolotlTrainer, _CorrectedLogs):  # type: ignore[misc]
         self.compute_loss_func = self._loss
         # The Trainer would replace a NaN by the running mean and train on.
         self.args.logging_nan_inf_filter = False
+        self._initial_policy: InitialPolicy | None = None
         self._reset_run_state()
 
     @property
@@ -137,7 +138,6 @@ class PSFTTrainer(AxolotlTrainer, _CorrectedLogs):  # type: ignore[misc]
 
     def _reset_run_state(self) -> None:
         device = self.args.device
-        self._initial_policy: InitialPolicy | None = None
         self._window = Window()
         self._saved_window: SavedWindow | None = None
         self._updates_left_in_epoch = 0
@@ -182,7 +182,9 @@ class PSFTTrainer(AxolotlTrainer, _CorrectedLogs):  # type: ignore[misc]
                 world_size=self.args.world_size,
                 settings=self._settings(),
             )
-        if self.psft.objective == "sft_kl":
+        # Not twice in a run: where auto_find_batch_size starts over, the model has been
+        # trained already.
+        if self.psft.objective == "sft_kl" and self._initial_policy is None:
             self._initial_policy = self._prepare_initial_policy(
                 train_dataloader, resume_from_checkpoint
             )
@@ -516,6 +518,7 @@ class PSFTTrainer(AxolotlTrainer, _CorrectedLogs):  # type: ignore[misc]
         resume = kwargs.get("resume_from_checkpoint", args[0] if args else None)
         if isinstance(resume, (str, os.PathLike)):
             _check_complete(Path(resume))
+        self._initial_policy = None
         try:
             return super().train(*args, **kwargs)
         except Exception as error:

@@ -475,6 +475,48 @@ def test_no_warning_without_a_block(warnings: list[str]):
     assert warnings == []
 
 
+NOISY = {"lora_dropout": 0.05, "neftune_noise_alpha": 5.0}
+
+
+@pytest.mark.parametrize(
+    "objective, starts",
+    [
+        (
+            "psft",
+            [
+                "loss_watchdog_threshold: 5.0 has no effect with psft: the loss stays",
+                "lora_dropout: 0.05 adds noise to psft's ratio: old log-probs",
+                "neftune_noise_alpha: 5.0 adds noise to psft's ratio: old log-probs",
+            ],
+        ),
+        # Its loss is the NLL, and nothing is scored.
+        ("sft", []),
+        (
+            "sft_kl",
+            [
+                "lora_dropout: 0.05 adds noise to sft_kl's penalty: the initial policy",
+                "neftune_noise_alpha: 5.0 adds noise to sft_kl's penalty: the initial",
+            ],
+        ),
+    ],
+)
+def test_warnings_are_of_what_the_objective_computes(objective: str, starts: list[str]):
+    cfg = {"psft": {"objective": objective}, "loss_watchdog_threshold": 5.0, **NOISY}
+    given = combination_warnings(cfg)
+    for text, start in zip(given, starts, strict=True):
+        assert text.startswith(start)
+
+
+@pytest.mark.parametrize(
+    "objective, metric",
+    [("psft", "psft/ratio_mean"), ("sft", "psft/nll"), ("sft_kl", "psft/approx_kl")],
+)
+def test_what_tells_that_an_engine_is_right(objective: str, metric: str):
+    (warning,) = combination_warnings({"psft": {"objective": objective}, "fsdp": "x"})
+    assert "is not tested in this release: check that " in warning
+    assert metric in warning
+
+
 @pytest.mark.parametrize("key", ["deepspeed", "fsdp", "fsdp_config"])
 def test_untested_engines_are_named(key: str):
     (warning,) = combination_warnings({key: {"a": 1}})
