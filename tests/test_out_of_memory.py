@@ -30,7 +30,6 @@ class Failure:
     Attributes:
         model: the weights by then.
         scored: how often the initial policy was scored.
-        kl: of the first attempt's first step.
     """
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
