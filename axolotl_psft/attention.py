@@ -1,9 +1,8 @@
-"""Attention over packed sequences where flash-attn's kernels are not to be had.
+"""Attention over packed sequences where a GPU's kernels are not to be had.
 
 Registers one function with transformers, under the name ``NAME``, that takes the varlen
 arguments of packing.attention_lengths as flash-attn's does: what differs between a run
-on a CPU and one on a GPU is the kernel. Which attention a run uses is plugin.py's
-business.
+on a CPU and one on a GPU is the kernel. When a run uses it is plugin.py's business.
 """
 
 import itertools
@@ -17,6 +16,10 @@ from transformers.masking_utils import AttentionMaskInterface, flash_attention_m
 
 NAME = "axolotl_psft_varlen"
 
+# What models may hand to attention and this one does not know: soft caps (Gemma 2),
+# sinks (GPT-OSS), a bias of positions (T5's kind).
+_MISSING = ("softcap", "s_aux", "position_bias")
+
 
 def register() -> None:
     """Make ``attn_implementation: axolotl_psft_varlen`` known. Idempotent."""
@@ -24,8 +27,21 @@ def register() -> None:
     AttentionMaskInterface.register(NAME, flash_attention_mask)
 
 
+def trains_on_gpus_only(implementation: str | None) -> bool:
+    """Whether an ``attn_implementation`` has no kernel, or no gradient, on a CPU.
+
+    flash-attn's kernels are CUDA's; torch's flex_attention has a forward on a CPU, and
+    no backward. :data:`NAME` computes the same.
+    """
+    return "flash" in str(implementation) or implementation == "flex_attention"
+
+
 def takes_lengths(model: PreTrainedModel) -> bool:
-    """Whether the model's attention wants packing.attention_lengths of a batch."""
+    """Whether the model's attention wants packing.attention_lengths of a batch.
+
+    Others isolate samples by a mask of the position ids, made once a forward (sdpa,
+    eager, flex_attention), or look at the position ids themselves (xformers, sage).
+    """
     implementation = str(model.config.get_text_config()._attn_implementation)
     return implementation == NAME or "flash" in implementation
 
@@ -110,13 +126,15 @@ def _attend(
     scaling: float | None = None,
     sliding_window: int | None = None,
     cu_seq_lens_q: Tensor | None = None,
-    softcap: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """transformers' interface: [B, heads, S, D] in, [B, S, heads, D] out."""
-    if softcap is not None or key.shape[2] != query.shape[2]:
+    asked = [name for name in _MISSING if kwargs.get(name) is not None]
+    if key.shape[2] != query.shape[2]:
+        asked.append("a cache")
+    if asked:
         raise ValueError(
-            f"attn_implementation: {NAME} has neither soft caps nor a cache, which "
+            f"attn_implementation: {NAME} has no {' and no '.join(asked)}, which "
             f"{type(module).__name__} asks for. Use attn_implementation: eager."
         )
     batch, _, length, _ = query.shape

@@ -97,9 +97,21 @@ _NOT_TENSOR_PARALLEL = {
     "embedding_lr": "one learning rate is supported. Remove it",
     "embedding_lr_scale": "one learning rate is supported. Remove it",
     "lr_groups": "one learning rate is supported. Remove it",
+    "auto_find_batch_size": "a rank without memory would start over alone. Remove it",
     "gpu_memory_limit": "each rank holds its shard. Remove it",
     "max_memory": "each rank holds its shard. Remove it",
 }
+
+# Of each objective that compares with scored log-probs: what it computes from them, and
+# whose they are.
+_SCORED = {
+    "psft": ("psft's ratio", "old log-probs are"),
+    "sft_kl": ("sft_kl's penalty", "the initial policy is"),
+}
+
+# Attention that gets packed rows as one sequence each. Of kernels from the hub nobody
+# knows; Axolotl warns there.
+_SEE_EACH_OTHER = (None, "fp8")
 
 _TENSOR_PARALLEL_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "sgd")
 
@@ -250,10 +262,12 @@ class PSFTArgs(BaseModel):
         return {**data, "tensor_parallel_size": 1, "psft_tensor_parallel_size": tp_size}
 
     @model_validator(mode="after")
-    def _warn(self) -> "PSFTArgs":
+    def _fits_what_axolotl_made_of_it(self) -> "PSFTArgs":
         if self.psft is not None:
+            cfg = self.model_dump()
+            check_packing(cfg)
             warnings = self.psft.settings_without_effect()
-            warnings += combination_warnings(self.model_dump())
+            warnings += combination_warnings(cfg)
             for warning in warnings:
                 _warn_once(warning)
         return self
@@ -300,6 +314,28 @@ def check_combination(cfg: Mapping[str, Any]) -> None:
     _check_stream(cfg)
     _check_optimizer(cfg)
     _check_tensor_parallel(cfg)
+
+
+def check_packing(cfg: Mapping[str, Any]) -> None:
+    """Refuse packed rows whose samples would see each other.
+
+    Axolotl warns of it; here it would also be other numbers than unpacked.
+
+    Args:
+        cfg: after validation, where attn_implementation has replaced older keys.
+
+    Raises:
+        ValueError: names the key, its value and the remedy.
+    """
+    for key in ("sample_packing", "eval_sample_packing"):
+        if cfg.get(key) and cfg.get("attn_implementation") in _SEE_EACH_OTHER:
+            _refuse(
+                "attn_implementation",
+                cfg.get("attn_implementation") or "not set",
+                "the samples of a packed row would see each other. Use "
+                "flash_attention_2, or sdpa where flash-attn is not installed",
+                other=f"{key}: {cfg[key]} and a psft block",
+            )
 
 
 def tensor_parallel_size(cfg: Mapping[str, Any]) -> int:
@@ -414,16 +450,12 @@ def _refuse(key: str, value: Any, why: str, *, other: str = "a psft block") -> N
 
 def combination_warnings(cfg: Mapping[str, Any]) -> list[str]:
     """Settings elsewhere in the YAML that psft makes ineffective or noisy."""
+    objective = (cfg.get("psft") or {}).get("objective", "psft")
     warnings = []
-    if cfg.get("loss_watchdog_threshold") is not None:
+    if objective == "psft" and cfg.get("loss_watchdog_threshold") is not None:
         warnings.append(
             f"loss_watchdog_threshold: {cfg['loss_watchdog_threshold']} has no effect "
             "with psft: the loss stays near -1. Watch psft/nll."
-        )
-    if cfg.get("lora_dropout"):
-        warnings.append(
-            f"lora_dropout: {cfg['lora_dropout']} adds noise to psft's ratio: old "
-            "log-probs are scored without dropout. Set lora_dropout: 0."
         )
     if _trains_bf16_weights(cfg):
         warnings.append(
@@ -432,11 +464,16 @@ def combination_warnings(cfg: Mapping[str, Any]) -> list[str]:
             " away. Use tensor_parallel_size (float32 copies of the weights), an "
             "adapter, or bf16: false with tf32: true."
         )
-    if cfg.get("neftune_noise_alpha"):
-        warnings.append(
-            f"neftune_noise_alpha: {cfg['neftune_noise_alpha']} adds noise to psft's "
-            "ratio: old log-probs are scored without it. Remove it."
-        )
+    for key, remedy in (
+        ("lora_dropout", "Set lora_dropout: 0"),
+        ("neftune_noise_alpha", "Remove it"),
+    ):
+        if cfg.get(key) and objective in _SCORED:
+            noisy, scored = _SCORED[objective]
+            warnings.append(
+                f"{key}: {cfg[key]} adds noise to {noisy}: {scored} scored without it. "
+                f"{remedy}."
+            )
     if cfg.get("fsdp_config") and str(cfg.get("fsdp_version")) != "2":
         warnings.append(
             f"fsdp_version: {cfg.get('fsdp_version')}: psft is tested with FSDP2 only. "

@@ -1,99 +1,124 @@
-"""Reads local JSON data files before Axolotl does, to name the row at fault.
+"""Reads local data files before Axolotl does, to name the row at fault.
 
-Axolotl's own error for it names neither file nor row. Checked: UTF-8, JSON, one object
-a row, text where the prompt format wants text. Nothing is tokenized and nothing
-changed; imports the standard library only.
+Axolotl's own error for it names neither file nor row. Checked: UTF-8, the file's
+syntax, one object a row, and what the prompt format wants (data_rows.py). Nothing is
+tokenized and nothing changed.
 """
 
+import glob
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-_SUFFIXES = (".jsonl", ".json")
-# Axolotl's keys for the columns of a prompt, which must hold text.
-_TEXT_FIELDS = ("field_system", "field_instruction", "field_input", "field_output")
+from axolotl_psft.data_rows import Chat, DataFileError, Rule, Text, rule_of, short
+
+__all__ = ["DataFileError", "Report", "check", "check_file", "local_files"]
+
+# As Axolotl tells the kind of a file from its name; all others are JSON.
+_KINDS = {".parquet": "parquet", ".arrow": "arrow", ".csv": "csv", ".txt": "text"}
+# Not read through.
+_COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".lz4", ".zip")
+# Rows of a table that become Python objects at a time.
+_BATCH = 1000
 
 
-class DataFileError(ValueError):
-    """A row of a data file that cannot be trained on; names file, row and remedy."""
+@dataclass
+class Report:
+    """What was read."""
+
+    num_rows: int = 0
+    """Of the training files; 0 where not all training data are whole local files."""
+    notes: list[str] = field(default_factory=list)
+    """What is no error, but a person should know; a sentence or two each."""
 
 
-def check(cfg: Mapping[str, Any]) -> int:
+def check(cfg: Mapping[str, Any]) -> Report:
     """Check every row of the local files under ``datasets`` and ``test_datasets``.
 
     Args:
         cfg: Axolotl's configuration.
 
-    Returns:
-        Rows of the training files; 0 where not all training data are local files.
-
     Raises:
         DataFileError: the first row at fault.
     """
-    num_rows, all_local = 0, True
+    report, all_whole = Report(), True
     for dataset in cfg.get("datasets") or ():
-        files = list(local_files(dataset))
-        all_local &= bool(files)
-        num_rows += sum(check_file(path, text_fields(dataset)) for path in files)
+        num_rows = _check_dataset(dataset, report)
+        all_whole &= num_rows > 0 and not _is_part(dataset)
+        report.num_rows += num_rows
+    if not all_whole:
+        report.num_rows = 0
     for dataset in cfg.get("test_datasets") or ():
-        for path in local_files(dataset):
-            check_file(path, text_fields(dataset))
-    return num_rows if all_local else 0
+        _check_dataset(dataset, report)
+    return report
+
+
+def _check_dataset(dataset: Mapping[str, Any], report: Report) -> int:
+    """Rows of its files."""
+    rule = rule_of(dataset)
+    kind = dataset.get("ds_type")
+    num_rows = sum(check_file(path, rule, kind) for path in local_files(dataset))
+    if isinstance(rule, Chat):
+        report.notes += [
+            f"{first}: role {role!r} ({number:,} messages) is none of "
+            f"{', '.join(sorted(rule.known_roles))}: the chat template gets it as it "
+            "is, and it is not trained on. If it is meant to be one of them, map it by "
+            "`roles` in the data set's entry."
+            for role, (number, first) in rule.unknown_roles.items()
+        ]
+    return num_rows
+
+
+def _is_part(dataset: Mapping[str, Any]) -> bool:
+    """Whether Axolotl takes only some of the rows."""
+    return bool(dataset.get("shards") or "[" in str(dataset.get("split") or ""))
 
 
 def local_files(dataset: Mapping[str, Any]) -> Iterator[Path]:
-    """The JSON files that a data set's entry names, as far as they are on this disk."""
+    """The files that a data set's entry names, as far as they are on this disk."""
     given = dataset.get("data_files") or dataset.get("path") or ()
     for name in [given] if isinstance(given, str) else given:
-        path = Path(name)
-        if path.suffix in _SUFFIXES and path.is_file():
-            yield path
+        names = [name] if Path(name).exists() else sorted(glob.glob(name))
+        for path in map(Path, names):
+            if path.is_file() and path.suffix not in _COMPRESSED:
+                yield path
 
 
-def text_fields(dataset: Mapping[str, Any]) -> tuple[str, ...]:
-    """Columns that must hold text (or nothing), by the entry's prompt format."""
-    kind = dataset.get("type")
-    if not isinstance(kind, Mapping):
-        return ()
-    return tuple(kind[key] for key in _TEXT_FIELDS if kind.get(key))
-
-
-def check_file(path: Path, fields: Iterable[str] = ()) -> int:
+def check_file(path: Path, rule: Rule | None = None, kind: str | None = None) -> int:
     """Check a file; returns its number of rows.
 
     Args:
-        path: a row a line, or one JSON array of rows.
-        fields: columns that must hold text.
+        path: of a kind that Axolotl reads. JSON: a row a line, or one array of rows.
+        rule: what a row must hold; None: anything.
+        kind: json, csv, parquet, arrow or text; None: as the name says.
 
     Raises:
         DataFileError: the first row at fault.
     """
+    kind = kind or _KINDS.get(path.suffix, "json")
+    rows = _json_rows(path) if kind == "json" else _table_rows(path, kind)
+    rule = rule or Text()
     num_rows = 0
-    for where, row in _rows(path):
+    for where, row in rows:
         num_rows += 1
         if not isinstance(row, dict):
             raise DataFileError(
-                f"{where}: a row must be an object of columns, got {_short(row)}. "
+                f"{where}: a row must be an object of columns, got {short(row)}. "
                 "Mend or remove it."
             )
-        for field in fields:
-            value = row.get(field)
-            if value is not None and not isinstance(value, str):
-                raise DataFileError(
-                    f"{where}: `{field}` must be text, got {_short(value)}. "
-                    "Write it in quotes."
-                )
+        rule(where, row)
     if num_rows == 0:
         raise DataFileError(f"{path}: no rows. Remove it from the YAML, or fill it.")
     return num_rows
 
 
-def _rows(path: Path) -> Iterator[tuple[str, Any]]:
+def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
     with path.open("rb") as file:
         head = file.read(4096).lstrip(b"\xef\xbb\xbf \t\r\n")
         file.seek(0)
-        if head.startswith(b"[") and path.suffix == ".json":
+        if head.startswith(b"["):
             rows = _parse(file.read(), str(path))
             yield from ((f"{path}, row {i}", row) for i, row in enumerate(rows, 1))
             return
@@ -103,25 +128,75 @@ def _rows(path: Path) -> Iterator[tuple[str, Any]]:
                 yield where, _parse(line.rstrip(b"\r\n"), where)
 
 
-def _parse(text: bytes, where: str) -> Any:
+def _table_rows(path: Path, kind: str) -> Iterator[tuple[str, Any]]:
+    """As Axolotl will see them: by the same reader, which is streaming here."""
+    from datasets import load_dataset
+
+    if kind in ("csv", "text"):
+        _check_utf8(path)
+    done = 0
     try:
-        return json.loads(text.decode("utf-8-sig"))
+        if kind == "csv":
+            _check_header(path)
+        table = load_dataset(
+            kind, data_files=[str(path)], split="train", streaming=True
+        )
+        for batch in table.iter(_BATCH):
+            columns = list(batch.values())
+            for row in zip(*columns, strict=True):
+                done += 1
+                yield f"{path}, row {done}", dict(zip(batch, row, strict=True))
+    except DataFileError:
+        raise
+    except Exception as error:
+        # Each kind of file has errors of its own, and a reader's of theirs.
+        reason = str(error.__cause__ or error).strip().splitlines() or [repr(error)]
+        raise DataFileError(
+            f"{path}: not readable as {kind} after row {done}: {reason[0]}. Mend the "
+            "file, or set ds_type to what it is."
+        ) from error
+
+
+def _check_header(path: Path) -> None:
+    import pandas
+
+    # Where the first row has more fields than the header, its first ones would become
+    # the table's index, and each column get its neighbour's texts. In a later row that
+    # is an error of the reader's own.
+    if not isinstance(pandas.read_csv(path, nrows=1).index, pandas.RangeIndex):
+        raise DataFileError(
+            f"{path}, row 1: more fields than the first line names. Put texts that "
+            "have commas in quotes, and no comma at the end."
+        )
+
+
+def _check_utf8(path: Path) -> None:
+    """Line by line: the readers of text files decode large blocks."""
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            if not line.isascii():
+                _decode(line, f"{path}:{number}")
+
+
+def _decode(text: bytes, where: str) -> str:
+    try:
+        return text.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise DataFileError(
             f"{where}: not UTF-8, byte 0x{text[error.start]:02x} at position "
             f"{error.start + 1}. Save the file as UTF-8."
         ) from error
+
+
+def _parse(text: bytes, where: str) -> Any:
+    try:
+        return json.loads(_decode(text, where))
     except json.JSONDecodeError as error:
         raise DataFileError(
             f"{where}: not JSON: {error.msg} at line {error.lineno}, column "
-            f"{error.colno}, got {_short(error.doc)}. Mend or remove the row."
+            f"{error.colno}, got {short(error.doc)}. Mend or remove the row."
         ) from error
     except RecursionError as error:
         raise DataFileError(
             f"{where}: nested too deeply to be a row. Mend or remove it."
         ) from error
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."

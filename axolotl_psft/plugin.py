@@ -26,17 +26,13 @@ class PSFTPlugin(BasePlugin):
         # the attention implementation.
         if cfg.psft and cfg.device == "cpu" and cfg.device_map:
             cfg.device_map = {"": "cpu"}
-        if cfg.psft and cfg.device == "cpu" and "flash" in str(cfg.attn_implementation):
-            from axolotl_psft import attention
-
-            LOG.info(
-                f"psft: attn_implementation: {cfg.attn_implementation} has no kernel "
-                f"on a CPU; {attention.NAME} takes the same arguments there."
-            )
-            attention.register()
-            cfg.attn_implementation = attention.NAME
+        if cfg.psft and cfg.device == "cpu":
+            _stand_in_on_cpu(cfg)
         if cfg.psft:
-            self._num_rows = data_files.check(cfg)
+            report = data_files.check(cfg)
+            self._num_rows = report.num_rows
+            for note in report.notes:
+                LOG.warning(f"psft: {note}")
         if _tensor_parallel(cfg) and not preprocess:
             from axolotl_psft.megatron import engine
 
@@ -100,6 +96,29 @@ class PSFTPlugin(BasePlugin):
                 f"samples: {self._num_rows - num_samples:,} rows were left out (empty, "
                 "without a supervised token, double, or longer than sequence_len)."
             )
+
+
+def _stand_in_on_cpu(cfg: Any) -> None:
+    """Let a GPU's attn_implementation run where there is none.
+
+    Raises:
+        ValueError: it computes something else than attention.
+    """
+    from axolotl_psft import attention
+
+    if not attention.trains_on_gpus_only(cfg.attn_implementation):
+        return
+    if cfg.scaling_softmax:
+        raise ValueError(
+            f"scaling_softmax: {cfg.scaling_softmax} is part of flex_attention, which "
+            "has no gradient on a CPU. Train on a GPU, or remove it."
+        )
+    LOG.info(
+        f"psft: attn_implementation: {cfg.attn_implementation} cannot train on a CPU; "
+        f"{attention.NAME} computes the same there."
+    )
+    attention.register()
+    cfg.attn_implementation = attention.NAME
 
 
 def _tensor_parallel(cfg: Any) -> bool:

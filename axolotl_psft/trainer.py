@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from axolotl.core.trainers.base import AxolotlTrainer
 from axolotl.monkeypatch.relora import ReLoRACallback
@@ -119,6 +120,7 @@ class PSFTTrainer(AxolotlTrainer, _CorrectedLogs):  # type: ignore[misc]
         self.compute_loss_func = self._loss
         # The Trainer would replace a NaN by the running mean and train on.
         self.args.logging_nan_inf_filter = False
+        self._initial_policy: InitialPolicy | None = None
         self._reset_run_state()
 
     @property
@@ -146,7 +148,6 @@ class PSFTTrainer(AxolotlTrainer, _CorrectedLogs):  # type: ignore[misc]
 
     def _reset_run_state(self) -> None:
         device = self.args.device
-        self._initial_policy: InitialPolicy | None = None
         self._window = Window()
         self._saved_window: SavedWindow | None = None
         self._updates_left_in_epoch = 0
@@ -193,22 +194,30 @@ class PSFTTrainer(AxolotlTrainer, _CorrectedLogs):  # type: ignore[misc]
                 world_size=self.args.world_size,
                 settings=self._settings(),
             )
-        if self.psft.objective == "sft_kl":
+        # Not twice in a run: where auto_find_batch_size starts over, the model has been
+        # trained already.
+        if self.psft.objective == "sft_kl" and self._initial_policy is None:
             self._initial_policy = self._prepare_initial_policy(
                 train_dataloader, resume_from_checkpoint
             )
         return prepared
 
     def _check_supervised(self) -> None:
-        # Ends at the first supervised token, which is usually in the first sample.
         samples: Any = self.train_dataset
         if self._is_stream:
             return
-        if not any(x != IGNORE_INDEX for row in samples for x in row["labels"]):
+        num_masked = _num_masked(samples)
+        remedy = "Check train_on_inputs, roles_to_train and the chat template or prompt"
+        if num_masked == len(samples):
             raise ValueError(
-                f"psft: no supervised token in the {len(samples)} samples: every label "
-                "is -100, and there is nothing to train on. Check train_on_inputs, "
-                "roles_to_train and the chat template or prompt format."
+                f"psft: no supervised token in the {num_masked} samples: every label "
+                f"is -100, and there is nothing to train on. {remedy} format."
+            )
+        if num_masked:
+            LOG.warning(
+                f"psft: {num_masked:,} of {len(samples):,} samples have no supervised "
+                f"token. They change no gradient, but fill micro-batches. {remedy} "
+                "format; with sample_packing they are left out."
             )
 
     def _check_can_resume(self) -> None:
@@ -577,6 +586,7 @@ class PSFTTrainer(AxolotlTrainer, _CorrectedLogs):  # type: ignore[misc]
         resume = kwargs.get("resume_from_checkpoint", args[0] if args else None)
         if isinstance(resume, (str, os.PathLike)):
             _check_complete(Path(resume))
+        self._initial_policy = None
         try:
             return super().train(*args, **kwargs)
         except Exception as error:
@@ -728,6 +738,18 @@ def _check_complete(checkpoint: Path) -> None:
             " ended while it was being written. Delete it and resume from a complete "
             f"one; here are {others or 'none'}."
         )
+
+
+def _num_masked(samples: Any) -> int:
+    """How many samples of a data set have no supervised token."""
+    num_masked = 0
+    for table in samples.select_columns("labels").with_format("arrow").iter(1000):
+        labels = table["labels"].combine_chunks()
+        supervised = np.asarray(labels.flatten()) != IGNORE_INDEX
+        before = np.concatenate([[0], supervised.cumsum()])
+        ends = np.asarray(labels.value_lengths()).cumsum()
+        num_masked += int((np.diff(before[ends], prepend=0) == 0).sum())
+    return num_masked
 
 
 def _targets(batch: Batch) -> Tensor:

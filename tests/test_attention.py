@@ -4,18 +4,17 @@ flash-attn itself needs a GPU; a stand-in with its interface shows what reaches 
 """
 
 import math
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import modeling_flash_attention_utils
 
 from axolotl_psft import attention, trainer
 from axolotl_psft.attention import varlen_attention
 from axolotl_psft.packing import attention_lengths
+from tests.host_waits import HostWaits
 from tests.tiny import column, config, eval_data, qwen3, run
 
 LENGTHS = (5, 1, 9, 3)
@@ -137,26 +136,23 @@ def test_padded_rows_agree_with_sdpa(side: str) -> None:
     torch.testing.assert_close(ours[keep], theirs[keep], **CLOSE)
 
 
-def test_what_it_cannot_do_is_an_error() -> None:
+@pytest.mark.parametrize("name", ["softcap", "s_aux", "position_bias"])
+def test_what_it_cannot_do_is_an_error(name: str) -> None:
     x = torch.zeros(1, 2, 3, 8)
-    with pytest.raises(ValueError, match=r"soft caps.*Use attn_implementation: eager"):
-        attention._attend(torch.nn.Identity(), x, x, x, None, softcap=30.0)
+    with pytest.raises(ValueError, match=f"has no {name}, .* attn_implementation: eag"):
+        attention._attend(torch.nn.Identity(), x, x, x, None, **{name: torch.ones(2)})
+    with pytest.raises(ValueError, match=r"has no a cache, which Identity asks for"):
+        attention._attend(torch.nn.Identity(), x, x[:, :, :2], x, None)
+    attention._attend(torch.nn.Identity(), x, x, x, None, **{name: None})
 
 
-class Scalars(TorchDispatchMode):
-    """Counts what makes a host wait for its device."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.counts: Counter[str] = Counter()
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        name = func.overloadpacket.__name__
-        if name in ("_local_scalar_dense", "nonzero", "is_nonzero"):
-            self.counts[name] += 1
-        return func(*args, **(kwargs or {}))
+def test_which_attention_wants_lengths() -> None:
+    model = qwen3(vocab_size=60)
+    names = {attention.NAME, "flash_attention_2", "flash_attention_4"}
+    # xformers, given lengths, leaves out its mask of the samples.
+    for name in {*names, "sdpa", "eager", "flex_attention", "xformers", "sage"}:
+        model.config._attn_implementation = name
+        assert attention.takes_lengths(model) == (name in names)
 
 
 def stand_in_for_flash_attn(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
@@ -213,14 +209,81 @@ def test_flash_attn_gets_the_lengths_and_no_layer_waits(
     def waits(num_layers: int, given: dict[str, Any]) -> int:
         model = qwen3(vocab_size=60, num_hidden_layers=num_layers)
         model.config._attn_implementation = "flash_attention_2"
-        with Scalars() as mode:
+        with HostWaits() as mode:
             model(input_ids=ids, position_ids=position_ids, use_cache=False, **given)
-        return sum(mode.counts.values())
+        return mode.total
 
     # One in a whole forward: transformers looks once whether the row is packed.
     assert waits(2, lengths) == waits(5, lengths) == 1
     # Without them each layer looks at the position ids anew.
     assert waits(5, {}) - waits(2, {}) >= 3
+
+
+# ---- flex_attention ----
+
+
+@pytest.fixture
+def flex(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """torch's own flex_attention, neither compiled (half a minute) nor refused on CPUs.
+
+    Uncompiled it is a formula over all scores, with a gradient everywhere. Returns the
+    block masks that were made.
+    """
+    from torch.nn.attention import flex_attention as room
+    from transformers import masking_utils
+    from transformers.integrations import flex_attention as integration
+
+    made: list[Any] = []
+
+    def create(*args: Any, **kwargs: Any) -> Any:
+        made.append(room.create_block_mask(*args, **{**kwargs, "_compile": False}))
+        return made[-1]
+
+    def attend(*args: Any, training: bool, **kwargs: Any) -> Any:
+        # What is counted is what surrounds the kernel.
+        with torch.utils._python_dispatch._disable_current_modes():
+            return room.flex_attention(*args, **kwargs)
+
+    monkeypatch.setattr(room, "_validate_device", lambda *_: None)
+    monkeypatch.setattr(masking_utils, "create_block_mask", create)
+    monkeypatch.setattr(integration, "compile_friendly_flex_attention", attend)
+    return made
+
+
+def test_flex_attention_gets_the_samples_once_a_forward(flex: list[Any]) -> None:
+    from torch.nn.attention.flex_attention import create_mask
+
+    model = qwen3(vocab_size=60, num_hidden_layers=3)
+    ids = torch.randint(0, 60, (1, 18), generator=torch.Generator().manual_seed(1))
+    results = []
+    for name in ("sdpa", "flex_attention"):
+        model.set_attn_implementation(name)
+        model.zero_grad()
+        logits = model(ids, position_ids=positions(LENGTHS), use_cache=False).logits
+        logits.square().sum().backward()
+        results.append((logits, [p.grad.clone() for p in model.parameters()]))
+    (mask,) = flex
+    blocks = [torch.ones(n, n, dtype=torch.bool).tril() for n in LENGTHS]
+    seen = create_mask(mask.mask_mod, 1, 1, 18, 18, "cpu")[0, 0]
+    assert torch.equal(seen, torch.block_diag(*blocks))
+    (sdpa, sdpa_grads), (ours, our_grads) = results
+    torch.testing.assert_close(ours, sdpa, **CLOSE)
+    # Sums over the row's tokens of terms near 1.
+    torch.testing.assert_close(our_grads, sdpa_grads, rtol=1e-5, atol=1e-6)
+
+
+def test_no_layer_of_flex_attention_waits(flex: list[Any]) -> None:
+    def waits(num_layers: int) -> int:
+        model = qwen3(vocab_size=60, num_hidden_layers=num_layers)
+        model.set_attn_implementation("flex_attention")
+        ids = torch.zeros(1, 18, dtype=torch.long)
+        with HostWaits() as mode, torch.no_grad():
+            model(ids, position_ids=positions(LENGTHS), use_cache=False)
+        return mode.total
+
+    # transformers looks once whether the row is packed.
+    assert waits(2) == waits(5) == 1
+    assert len(flex) == 2
 
 
 # ---- Through a run ----
@@ -238,7 +301,7 @@ PACKED = {
 
 
 def test_a_gpu_recipe_runs_on_a_cpu_and_agrees_with_sdpa(
-    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    sdpa_packed: Any, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     computed = []
 
@@ -256,29 +319,58 @@ def test_a_gpu_recipe_runs_on_a_cpu_and_agrees_with_sdpa(
             return original(*args, **kwargs)
 
         monkeypatch.setattr(trainer.PSFTTrainer, name, step)
-    options = {**PACKED, **eval_data(tiny)}
-    sdpa = run(config(tiny, tmp_path / "sdpa", **options))
-    assert not computed
-    batches.clear()
     flash = {"attn_implementation": "flash_attention_2"}
-    varlen = run(config(tiny, tmp_path / "flash", **options, **flash))
+    varlen = run(config(tiny, tmp_path, **PACKED, **eval_data(tiny), **flash))
     model_config = varlen.model.config
     assert model_config._attn_implementation == attention.NAME
-    for name in ("psft/nll", "psft/entropy", "grad_norm", "psft/approx_kl"):
-        assert column(varlen, name) == pytest.approx(
-            column(sdpa, name), rel=1e-5, abs=1e-6
-        )
-    evals = [
-        [e["eval_loss"] for e in t.state.log_history if "eval_loss" in e]
-        for t in (sdpa, varlen)
-    ]
-    assert evals[1] == pytest.approx(evals[0], rel=1e-6)
+    _check_runs_agree(varlen, sdpa_packed)
     # Once for each micro-batch, though most are scored before they are trained on.
     assert len(computed) == len(batches) > 8
 
 
-def test_a_run_without_packing_needs_no_lengths(tiny: Path, tmp_path: Path) -> None:
-    flash = {"attn_implementation": "flash_attention_2", "max_steps": 2}
-    dense = run(config(tiny, tmp_path / "flash", **flash))
-    sdpa = run(config(tiny, tmp_path / "sdpa", max_steps=2))
-    assert column(dense, "psft/nll") == pytest.approx(column(sdpa, "psft/nll"))
+@pytest.mark.parametrize("name", ["flash_attention_2", "flex_attention", "eager"])
+def test_padded_runs_agree_with_sdpa(
+    name: str, sdpa_unpacked: Any, tiny: Path, tmp_path: Path
+) -> None:
+    cfg = config(tiny, tmp_path, attn_implementation=name)
+    _check_runs_agree(run(cfg), sdpa_unpacked)
+
+
+@pytest.fixture(scope="module")
+def sdpa_unpacked(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return run(config(tiny, tmp_path_factory.mktemp("sdpa")))
+
+
+@pytest.mark.parametrize("name", ["flex_attention", "eager"])
+def test_packed_runs_agree_with_sdpa(
+    name: str, sdpa_packed: Any, tiny: Path, tmp_path: Path
+) -> None:
+    cfg = config(tiny, tmp_path, **PACKED, **eval_data(tiny), attn_implementation=name)
+    _check_runs_agree(run(cfg), sdpa_packed)
+
+
+@pytest.fixture(scope="module")
+def sdpa_packed(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    output = tmp_path_factory.mktemp("sdpa")
+    return run(config(tiny, output, **PACKED, **eval_data(tiny)))
+
+
+def _check_runs_agree(run: Any, expected: Any) -> None:
+    # Eight steps in float32: sums in another order, multiplied by later steps.
+    for name in ("psft/nll", "psft/entropy", "grad_norm", "psft/approx_kl"):
+        assert column(run, name) == pytest.approx(
+            column(expected, name), rel=1e-5, abs=1e-6
+        )
+    evals = [
+        [e["eval_loss"] for e in trainer.state.log_history if "eval_loss" in e]
+        for trainer in (run, expected)
+    ]
+    assert evals[0] == pytest.approx(evals[1], rel=1e-6)
+
+
+def test_attention_that_is_more_than_attention_is_refused_on_a_cpu(
+    tiny: Path, tmp_path: Path
+) -> None:
+    options = {"attn_implementation": "flex_attention", "scaling_softmax": True}
+    with pytest.raises(ValueError, match=r"scaling_softmax: True is part of flex_att"):
+        run(config(tiny, tmp_path, **options))

@@ -246,6 +246,26 @@ def test_the_same_option_turned_off_is_fine(key: str):
             check_combination({"psft": {}, key: "4"})
 
 
+def test_packed_samples_that_would_see_each_other_are_refused(
+    tiny: Path, tmp_path: Path
+):
+    packed = {"sample_packing": True, "micro_batch_size": 1}
+    cfg = config(tiny, tmp_path, **packed, attn_implementation=None)
+    with pytest.raises(ValueError) as caught:
+        load(cfg)
+    assert (
+        "attn_implementation: not set cannot be combined with sample_packing: True and "
+        "a psft block: the samples of a packed row would see each other. Use flash_"
+    ) in str(caught.value)
+    for key in ("sample_packing", "eval_sample_packing"):
+        with pytest.raises(ValueError, match=f"fp8 cannot be combined with {key}: Tru"):
+            psft_config.check_packing({key: True, "attn_implementation": "fp8"})
+    # By older keys, too; without packing, or without the block, all is well.
+    load({**cfg, "sdp_attention": True})
+    load({**cfg, "sample_packing": False})
+    load(config(tiny, tmp_path, **packed, attn_implementation=None, psft=None))
+
+
 def test_multimodal_is_refused_however_it_was_found():
     with pytest.raises(ValueError, match="multimodal models are not supported yet"):
         check_combination({"psft": {}, "is_multimodal": True})
@@ -451,6 +471,38 @@ def test_no_warning_for_nothing(tiny, tmp_path, warnings: list[str], psft):
 def test_no_warning_without_a_block(warnings: list[str]):
     psft_config.PSFTArgs.model_validate({"psft": None})
     assert warnings == []
+
+
+NOISY = {"lora_dropout": 0.05, "neftune_noise_alpha": 5.0}
+
+
+@pytest.mark.parametrize(
+    "objective, starts",
+    [
+        (
+            "psft",
+            [
+                "loss_watchdog_threshold: 5.0 has no effect with psft: the loss stays",
+                "lora_dropout: 0.05 adds noise to psft's ratio: old log-probs",
+                "neftune_noise_alpha: 5.0 adds noise to psft's ratio: old log-probs",
+            ],
+        ),
+        # Its loss is the NLL, and nothing is scored.
+        ("sft", []),
+        (
+            "sft_kl",
+            [
+                "lora_dropout: 0.05 adds noise to sft_kl's penalty: the initial policy",
+                "neftune_noise_alpha: 5.0 adds noise to sft_kl's penalty: the initial",
+            ],
+        ),
+    ],
+)
+def test_warnings_are_of_what_the_objective_computes(objective: str, starts: list[str]):
+    cfg = {"psft": {"objective": objective}, "loss_watchdog_threshold": 5.0, **NOISY}
+    given = combination_warnings(cfg)
+    for text, start in zip(given, starts, strict=True):
+        assert text.startswith(start)
 
 
 @pytest.mark.parametrize("version", [None, 1, "1"])

@@ -1,5 +1,8 @@
 """Nothing in a checkpoint or a data set is executed, and nothing asks the network."""
 
+import ast
+import json
+import os
 import pickle
 import shutil
 import socket
@@ -8,7 +11,9 @@ from typing import Any
 
 import pytest
 
-from axolotl_psft.old_policy import WindowFileError, window_path
+import axolotl_psft
+from axolotl_psft.initial_policy import InitialPolicy, InitialPolicyError
+from axolotl_psft.old_policy import WindowFileError, load_window, window_path
 from tests.tiny import PROMPT, config, run, train_logs
 
 SAVE = {"save_strategy": None, "save_steps": 2, "max_steps": 4}
@@ -65,6 +70,66 @@ def test_a_pickle_in_a_checkpoint_is_not_executed(
         if name.startswith("psft_window"):
             assert caught.type is WindowFileError
     assert not marker.exists()
+
+
+# A safetensors file starts with the length of its header, 8 bytes; the header has each
+# tensor's dtype, shape and place.
+HUGE = json.dumps(
+    {"x": {"dtype": "F32", "shape": [2**40], "data_offsets": [0, 2**42]}}
+).encode()
+OUTSIDE = json.dumps(
+    {"x": {"dtype": "F32", "shape": [2], "data_offsets": [2**30, 2**30 + 8]}}
+).encode()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"\x00" * 4,
+        (2**63).to_bytes(8, "little"),
+        (2**64 - 1).to_bytes(8, "little") + b"{}",
+        (10**8).to_bytes(8, "little") + b"{}" * 9,
+        len(HUGE).to_bytes(8, "little") + HUGE,
+        len(OUTSIDE).to_bytes(8, "little") + OUTSIDE + b"\x00" * 8,
+        (10**5).to_bytes(8, "little") + b"[" * 10**5,
+    ],
+)
+def test_lengths_that_lie_are_an_error_of_ours(content: bytes, tmp_path: Path) -> None:
+    window = window_path(tmp_path, 0)
+    window.write_bytes(content)
+    with pytest.raises(WindowFileError, match=r"rank0\.safetensors: truncated, dam"):
+        load_window(tmp_path, global_step=1, rank=0, world_size=1, settings={})
+    (tmp_path / "part-0.safetensors").write_bytes(content)
+    with pytest.raises(InitialPolicyError, match=r"part-0\.safetensors: truncated,"):
+        InitialPolicy(tmp_path, "id")
+
+
+def test_a_checkpoint_that_is_a_link_is_what_it_links_to(
+    checkpoint: Path, tiny: Path, tmp_path: Path
+) -> None:
+    """Files are found by names of our own; none is written through to the original."""
+    before = {path.name: path.read_bytes() for path in checkpoint.iterdir()}
+    os.symlink(checkpoint, tmp_path / "checkpoint-2")
+    link = str(tmp_path / "checkpoint-2")
+    trainer = run(config(tiny, tmp_path, resume_from_checkpoint=link, **SAVE))
+    assert len(train_logs(trainer)) == 4
+    assert {path.name: path.read_bytes() for path in checkpoint.iterdir()} == before
+
+
+def test_nothing_of_ours_evaluates_or_unpickles() -> None:
+    """Every reading of a pickle says so, and allows tensors only."""
+    folder = Path(axolotl_psft.__file__).parent
+    for path in folder.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, ast.Call):
+                continue
+            name = ast.unparse(node.func)
+            assert name not in ("eval", "exec", "compile", "__import__"), path
+            assert not name.startswith(("pickle.", "jinja2.", "yaml.", "os.system"))
+            if name == "torch.load":
+                options = {key.arg: ast.unparse(key.value) for key in node.keywords}
+                assert options["weights_only"] == "True", path
 
 
 def test_code_in_a_data_set_is_text(tiny: Path, tmp_path: Path) -> None:

@@ -184,5 +184,24 @@ def _files(source: str | os.PathLike, **hub: Any) -> list[Path]:
             f"base_model: {source} has no safetensors files, and tensor parallelism "
             "reads slices of those. Save it once with transformers' save_pretrained."
         )
+    _check_index(Path(index))
     paths, _ = get_checkpoint_shard_files(source, index, **hub)
     return [Path(path) for path in paths]
+
+
+def _check_index(path: Path) -> None:
+    """Refuse an index that is none, or names files elsewhere than beside it."""
+    try:
+        names = set(json.loads(path.read_text())["weight_map"].values())
+        outside = [name for name in names if Path(name).name != name]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{path}: no index of safetensors files: {error!r}. Save the model once "
+            "more with transformers' save_pretrained."
+        ) from error
+    if outside:
+        raise ValueError(
+            f"{path}: names {min(outside)!r}, which is not a file beside it. Do not "
+            "use this checkpoint, or save it once more with transformers' "
+            "save_pretrained."
+        )

@@ -33,7 +33,7 @@ class Evidence:
             )
             for seed in scale.seeds
         ]
-        grid, text_grid = plan.grid(scale), plan.text_grid(scale)
+        grid, text_grid = plan.grid(scale), plan.grid(scale, text=True)
         # Until the learning rates are chosen: as if both methods had one.
         lr = dict.fromkeys(plan.TUNED, scale.lrs[0])
         text_lr = dict.fromkeys(plan.TUNED, scale.text_lrs[0])
@@ -68,7 +68,7 @@ class Evidence:
         runs = {run.name for run in (*plan.grid(scale), *plan.others(scale, lr))}
         total = len(scale.seeds) + len(runs) + len(plan.stages(scale, lr))
         if self.with_text:
-            texts = (*plan.text_grid(scale), *plan.text_others(scale, text_lr))
+            texts = (*plan.grid(scale, text=True), *plan.text_others(scale, text_lr))
             total += 1 + len({run.name for run in texts})
         return total
 

@@ -64,30 +64,19 @@ QUICK = Scale(
 )
 
 
-def grid(scale: Scale) -> list[Run]:
-    """SFT and PSFT at every learning rate and seed."""
+def grid(scale: Scale, *, text: bool = False) -> list[Run]:
+    """SFT and PSFT at every learning rate and seed; ``text``: on real text."""
+    if text:
+        from benchmarks.forgetting.text import NUM_TRAIN
+
+        lrs, steps, every = scale.text_lrs, scale.text_steps, scale.text_steps // 8
+        first = Run("sft", lrs[0], 0, steps, every, num_train=NUM_TRAIN)
+    else:
+        lrs = scale.lrs
+        first = Run("sft", lrs[0], 0, scale.steps, scale.every)
     return [
-        Run(method, lr, seed, scale.steps, scale.every)
-        for lr in scale.lrs
-        for method in TUNED
-        for seed in scale.seeds
-    ]
-
-
-def text_grid(scale: Scale) -> list[Run]:
-    """The same for the second experiment."""
-    from benchmarks.forgetting.text import NUM_TRAIN
-
-    return [
-        Run(
-            method,
-            lr,
-            seed,
-            scale.text_steps,
-            scale.text_steps // 8,
-            num_train=NUM_TRAIN,
-        )
-        for lr in scale.text_lrs
+        replace(first, method=method, lr=lr, seed=seed)
+        for lr in lrs
         for method in TUNED
         for seed in scale.seeds
     ]
@@ -121,7 +110,7 @@ def others(scale: Scale, lr: Mapping[str, float]) -> list[Run]:
 def text_others(scale: Scale, lr: Mapping[str, float]) -> list[Run]:
     """The second experiment's baselines and variants."""
     runs = []
-    for run in text_grid(scale):
+    for run in grid(scale, text=True):
         if run.method == "psft" and run.lr == lr["psft"]:
             runs += [
                 replace(run, method="sft_kl", lr=lr["sft"]),

@@ -110,13 +110,14 @@ class Report:
         part = f", lr {rate:g}"
         return {k: v for k, v in self.methods().items() if part in k}
 
-    def lr_grid(self) -> dict[str, list[Result]]:
-        """SFT and PSFT at every learning rate."""
+    def lr_grid(self, *, text: bool = False) -> dict[str, list[Result]]:
+        """SFT and PSFT at every learning rate; ``text``: on real text."""
+        first = plan.grid(self.scale, text=text)[0]
         return {
             f"{method.upper()} {lr:g}": self._seeds(
-                Run(method, lr, 0, self.scale.steps, self.scale.every)
+                replace(first, method=method, lr=lr), "text-" if text else ""
             )
-            for lr in self.scale.lrs
+            for lr in (self.scale.text_lrs if text else self.scale.lrs)
             for method in plan.TUNED
         }
 
@@ -132,7 +133,7 @@ class Report:
 
     def text_methods(self) -> dict[str, list[Result]]:
         """The second experiment's comparison."""
-        first = plan.text_grid(self.scale)[0]
+        first = plan.grid(self.scale, text=True)[0]
         psft = replace(first, method="psft", lr=self.text_lr["psft"])
         rows = _variants(psft)
         for method in ("SFT", "SFT-KL"):
@@ -140,17 +141,6 @@ class Report:
         if self.text_lr["sft"] != psft.lr:
             rows["SFT at PSFT's lr"] = replace(psft, method="sft")
         return {label: self._seeds(run, "text-") for label, run in rows.items()}
-
-    def text_lr_grid(self) -> dict[str, list[Result]]:
-        """The second experiment's learning rates."""
-        first = plan.text_grid(self.scale)[0]
-        return {
-            f"{method.upper()} {lr:g}": self._seeds(
-                replace(first, method=method, lr=lr), "text-"
-            )
-            for lr in self.scale.text_lrs
-            for method in plan.TUNED
-        }
 
     def rl(self) -> dict[str, list[Result]]:
         """The GRPO stages, by what they started from."""
@@ -186,7 +176,9 @@ class Report:
             texts = self.text_methods()
             tables["text"] = _table(texts, _text(_last), "method")
             tables["text-best"] = _table(texts, _text(_text_best), "method")
-            tables["text-lr"] = _table(self.text_lr_grid(), _TEXT_GRID, "method, lr")
+            tables["text-lr"] = _table(
+                self.lr_grid(text=True), _TEXT_GRID, "method, lr"
+            )
         return tables
 
     def _settings(self) -> str:

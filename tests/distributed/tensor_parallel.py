@@ -46,6 +46,11 @@ RUNS |= {
         "gradient_checkpointing": True,
     },
 }
+FLASH = {"attn_implementation": "flash_attention_2"}
+RUNS |= {
+    "varlen": {**PACKED, **FLASH, "base_model": LLAMA},
+    "varlen, sequence": {**PACKED, **FLASH, "psft": {"sequence_parallel": True}},
+}
 ADAM = {"optimizer": "adamw_torch", "learning_rate": 1e-3, "weight_decay": 0.1}
 # Two data-parallel ranks: a dense run's step has both their samples.
 DATA_PARALLEL: dict[str, dict[str, Any]] = {
@@ -87,6 +92,7 @@ def tp_config(models: Path, output: Path, tp_size: int, **overrides: Any) -> Any
     psft |= overrides.pop("psft", {})
     if tp_size == 1:
         psft.pop("sequence_parallel", None)
+        overrides.pop("attn_implementation", None)  # what the others are compared with
     model = overrides.pop("base_model", "qwen3, tied")
     options = {
         "base_model": str(models / model),  # an absolute path stays what it is
@@ -124,6 +130,60 @@ def main(models: Path, output: Path, tp_size: int, names: list[str]) -> dict[str
             results[f"{name}: replicas"] = replicas(trainer)
         else:
             results[name] = globals()[name](models, folder, tp_size)
+    return results
+
+
+def varlen_lengths(models: Path, output: Path, tp_size: int) -> dict[str, Any]:
+    """What attention gets in each layer of a forward, and how often a host waits."""
+    from torch.utils._python_dispatch import _disable_current_modes
+
+    from axolotl_psft import attention
+    from tests.host_waits import HostWaits
+
+    results: dict[str, Any] = {}
+    for name in ("varlen", "varlen, sequence"):
+        cfg = tp_config(models, output / name, tp_size, **RUNS[name], max_steps=1)
+        trainer = run(cfg)
+        batch = next(iter(trainer.get_train_dataloader()))
+        given, mode = [], HostWaits()
+        original = attention.varlen_attention
+
+        def attend(
+            q: Any,
+            k: Any,
+            v: Any,
+            ends: Any,
+            original: Any = original,
+            given: Any = given,
+            **kwargs: Any,
+        ) -> Any:
+            given.append((id(ends), q.shape[1], ends.tolist()))
+            # The kernel for CPUs looks at the lengths; flash-attn's need not.
+            with _disable_current_modes():
+                return original(q, k, v, ends, **kwargs)
+
+        base = trainer.model.base_model
+        forward = base.forward
+
+        def counted(
+            *args: Any, forward: Any = forward, mode: Any = mode, **kwargs: Any
+        ) -> Any:
+            with mode:
+                return forward(*args, **kwargs)
+
+        attention.varlen_attention, base.forward = attend, counted
+        try:
+            list(trainer._scored([batch], "a batch"))
+        finally:
+            attention.varlen_attention = original
+        starts = (batch["position_ids"] == 0).flatten().nonzero().flatten().tolist()
+        results[name] = {
+            "tensors": len({ends for ends, _, _ in given}),
+            "heads": [heads for _, heads, _ in given],
+            "ends": [ends for _, _, ends in given],
+            "expected": [*starts, batch["position_ids"].numel()],
+            "waits": mode.total,
+        }
     return results
 
 

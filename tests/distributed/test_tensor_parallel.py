@@ -73,7 +73,7 @@ def two(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Ranks:
         "half",
         "stopped_early",
     ]
-    scenarios += ["cut_short", "different_batches"]
+    scenarios += ["cut_short", "different_batches", "varlen_lengths"]
     output = tmp_path_factory.mktemp("two")
     return Ranks(models, output, 2, 2, *RUNS, *scenarios)
 
@@ -137,6 +137,19 @@ def test_tp_4_equals_dense(four: Ranks, alone: Any, name: str) -> None:
 @pytest.mark.parametrize("name", DATA_PARALLEL)
 def test_tp_2_by_dp_2_equals_dense(two_by_two: Ranks, alone: Any, name: str) -> None:
     check(two_by_two, alone, name)
+
+
+@pytest.mark.parametrize("name", ["varlen", "varlen, sequence"])
+def test_lengths_reach_every_layer_of_a_split_model(two: Ranks, name: str) -> None:
+    for rank in two.ranks:
+        result = rank["varlen_lengths"][name]
+        assert len(result["expected"]) > 3
+        # One tensor for both layers, each of which has half the heads.
+        assert result["ends"] == [result["expected"]] * 2
+        assert result["tensors"] == 1
+        assert result["heads"] == [2, 2]
+        # In the whole forward: transformers looks once whether the row is packed.
+        assert result["waits"] == 1
 
 
 def test_transformers_loads_what_was_saved(two: Ranks, alone: Any) -> None:
