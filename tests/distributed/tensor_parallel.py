@@ -325,11 +325,11 @@ def _forget_failure() -> None:
     # A process of Axolotl's own ends with its first failure.
     import torch.distributed as dist
 
-    from axolotl_psft.trainer import _FAILURE_KEY
+    from axolotl_psft.failures import _FIRST
 
     dist.barrier()
     if dist.get_rank() == 0:
-        dist.distributed_c10d._get_default_store().delete_key(_FAILURE_KEY)
+        dist.distributed_c10d._get_default_store().delete_key(_FIRST)
     dist.barrier()
 
 
