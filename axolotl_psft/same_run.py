@@ -16,7 +16,6 @@ from torch import Tensor, nn
 # By the YAML's key: what decides the order of the data and where a step's data end.
 _ORDER = {
     "seed": "seed",
-    "data_seed": "data_seed",
     "sequence_len": "max_seq_length",
     "sample_packing": "sample_packing",
     "sample_packing_sequentially": "sample_packing_sequentially",
@@ -54,12 +53,12 @@ _VALUES_PER_TENSOR = 32
 
 def order(args: Any) -> dict[str, Any]:
     """Settings of the data order, by the YAML's keys; of the trainer's arguments."""
-    return _plain({key: getattr(args, name, None) for key, name in _ORDER.items()})
+    return {key: _plain(getattr(args, name, None)) for key, name in _ORDER.items()}
 
 
 def batching(args: Any) -> dict[str, Any]:
     """How an optimizer step's samples are shared out, by the YAML's keys."""
-    return _plain({key: getattr(args, name) for key, name in _BATCHING.items()})
+    return {key: _plain(getattr(args, name)) for key, name in _BATCHING.items()}
 
 
 def tokenizer(tokenizer: Any) -> dict[str, Any]:

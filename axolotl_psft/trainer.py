@@ -642,9 +642,9 @@ class PSFTTrainer(AxolotlTrainer, _CorrectedLogs):  # type: ignore[misc]
             failures.name_first(error, remedy)
             return
         ended = DataWorkerError(
-            f"dataloader_num_workers: {self.args.dataloader_num_workers}: {error} "
-            "Workers are killed where memory or /dev/shm runs out: use fewer of them "
-            f"if that was it. {remedy}"
+            f"dataloader_num_workers: {self.args.dataloader_num_workers}: "
+            f"{str(error).rstrip('. ')}. Workers are killed where memory or /dev/shm "
+            f"runs out: use fewer of them if that was it. {remedy}"
         )
         failures.name_first(ended, remedy)
         raise ended from error

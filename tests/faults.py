@@ -84,19 +84,16 @@ def _report_phases(path: Path) -> None:
     from axolotl_psft.trainer import PSFTTrainer
 
     for phase, name in PHASES.items():
+        setattr(PSFTTrainer, name, _reported(getattr(PSFTTrainer, name), phase, path))
 
-        def reported(
-            self: Any,
-            *args: Any,
-            original: Any = getattr(PSFTTrainer, name),
-            line: str = f"{phase}\n",
-            **kwargs: Any,
-        ) -> Any:
-            with path.open("a") as file:
-                file.write(line)
-            return original(self, *args, **kwargs)
 
-        setattr(PSFTTrainer, name, reported)
+def _reported(original: Callable[..., Any], phase: str, path: Path) -> Any:
+    def method(*args: Any, **kwargs: Any) -> Any:
+        with path.open("a") as file:
+            file.write(f"{phase}\n")
+        return original(*args, **kwargs)
+
+    return method
 
 
 def at_step(number: int, method: str, do: Callable[[Any], None]) -> None:
@@ -178,4 +175,3 @@ def fill(folder: Path, leave: int) -> None:
     free = os.statvfs(folder).f_bavail * os.statvfs(folder).f_frsize
     with (folder / "filler").open("wb") as file:
         file.write(b"\0" * max(0, free - leave))
-
