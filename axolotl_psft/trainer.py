@@ -6,6 +6,7 @@ checkpoints (checkpoints.py, same_run.py), failures (failures.py). No maths live
 """
 
 import contextlib
+import functools
 import math
 import os
 import shutil
@@ -111,6 +112,7 @@ class PSFTTrainer(AxolotlTrainer, _CorrectedLogs):  # type: ignore[misc]
         self.compute_loss_func = self._loss
         # The Trainer would replace a NaN by the running mean and train on.
         self.args.logging_nan_inf_filter = False
+        _load_to_numbered_cpus()
         self._saving: FirstError | None = None
         self._resumed_from: Path | None = None
         self._resumed_window: SavedWindow | None = None
@@ -743,6 +745,20 @@ class PSFTTrainer(AxolotlTrainer, _CorrectedLogs):  # type: ignore[misc]
         self._train_sums = TokenSums(self.args.device)
         self._score_seconds = 0.0
         return {f"psft/{name}": value for name, value in metrics.items()}
+
+
+@functools.cache
+def _load_to_numbered_cpus() -> None:
+    """Let torch.load take "cpu:0" for "cpu".
+
+    It is what transformers asks for on several CPU ranks, and without it their Adam
+    cannot be resumed.
+    """
+
+    def deserialize(storage: Any, location: str) -> Any:
+        return storage if location.startswith("cpu:") else None
+
+    torch.serialization.register_package(100, lambda storage: None, deserialize)
 
 
 def _targets(batch: Batch) -> Tensor:

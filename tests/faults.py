@@ -22,7 +22,7 @@ from tests.tiny import config, run, train_logs, write_dataset, write_model
 NUM_STEPS = 14
 PHASES = {
     "training": "training_step",
-    "scoring": "_scored",
+    "scoring": "_score",
     "saving": "_save_checkpoint",
 }
 Logs = list[dict[str, float]]
@@ -81,19 +81,13 @@ def metrics(trainer: Any) -> Logs:
 def _report_phases(path: Path) -> None:
     if os.environ.get("RANK", "0") != "0":
         return
-    from axolotl_psft.trainer import PSFTTrainer
-
     for phase, name in PHASES.items():
-        setattr(PSFTTrainer, name, _reported(getattr(PSFTTrainer, name), phase, path))
 
+        def report(trainer: Any, line: str = f"{phase}\n") -> None:
+            with path.open("a") as file:
+                file.write(line)
 
-def _reported(original: Callable[..., Any], phase: str, path: Path) -> Any:
-    def method(*args: Any, **kwargs: Any) -> Any:
-        with path.open("a") as file:
-            file.write(f"{phase}\n")
-        return original(*args, **kwargs)
-
-    return method
+        _before(name, report)
 
 
 def at_step(number: int, method: str, do: Callable[[Any], None]) -> None:
@@ -101,22 +95,36 @@ def at_step(number: int, method: str, do: Callable[[Any], None]) -> None:
 
     A checkpoint is saved in the step after the one it holds.
     """
-    from axolotl_psft.trainer import PSFTTrainer
-
-    original = getattr(PSFTTrainer, method)
     done = []
 
-    def disturbed(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if self.state.global_step + 1 == number and not done:
+    def once(trainer: Any) -> None:
+        if trainer.state.global_step + 1 >= number and not done:
             done.append(True)
-            do(self)
+            do(trainer)
+
+    _before(method, once)
+
+
+def _before(name: str, do: Callable[[Any], None]) -> None:
+    """Have every trainer class ``do(trainer)`` before its method of this name."""
+    from axolotl_psft.trainer import PSFTTrainer
+
+    classes: list[type] = [PSFTTrainer]
+    with contextlib.suppress(ImportError):
+        from axolotl_psft.megatron.trainer import MegatronPSFTTrainer
+
+        if name in vars(MegatronPSFTTrainer):
+            classes = [MegatronPSFTTrainer, PSFTTrainer]
+    for cls in classes:
+        setattr(cls, name, _preceded(getattr(cls, name), do))
+
+
+def _preceded(original: Callable[..., Any], do: Callable[[Any], None]) -> Any:
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        do(self)
         return original(self, *args, **kwargs)
 
-    setattr(PSFTTrainer, method, disturbed)
-
-
-def sleep(seconds: float) -> Callable[[Any], None]:
-    return lambda trainer: time.sleep(seconds)
+    return method
 
 
 def kill_at_random(

@@ -286,10 +286,6 @@ def test_an_output_folder_below_a_file_is_refused(files: Path, tmp_path: Path) -
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match=r"output_dir: .*file/run cannot .*directory"):
         load(disturbed_config(files, tmp_path / "file", True))
-    # Without the block it is none of this plugin's business.
-    cfg = disturbed_config(files, tmp_path / "file", True, psft=None)
-    with pytest.raises(NotADirectoryError):
-        load(cfg)
 
 
 def test_a_disk_that_becomes_read_only(
@@ -372,7 +368,9 @@ def test_a_data_loader_worker_is_killed(
     methods = {"training_step": 4, "_start_window": 2, "_save_checkpoint": 3}
     method, step = list(methods.items())[seed % 3]
     packed = seed % 2 == 1
-    cfg = disturbed_config(files, tmp_path, packed, dataloader_num_workers=2)
+    # Workers take seconds to end, at each epoch's end.
+    cfg = disturbed_config(files, tmp_path, packed, max_steps=6)
+    cfg["dataloader_num_workers"] = 2
     with Processes(train_without_a_worker, None, cfg, step, method) as processes:
         processes.wait(60)
         (error,) = processes.errors()
@@ -382,7 +380,7 @@ def test_a_data_loader_worker_is_killed(
     newest, _ = checkpoints.newest_complete(tmp_path / "run")
     assert newest is not None
     assert f"the newest complete one is {newest}" in error
-    assert run_alone(train, cfg) == undisturbed[packed]
+    assert run_alone(train, cfg) == undisturbed[packed][:6]
 
 
 def train_without_a_worker(cfg: dict[str, Any], step: int, method: str) -> None:
@@ -496,18 +494,20 @@ OTHERS: dict[str, tuple[Any, str]] = {
 }
 
 
+@pytest.mark.parametrize(
+    "step", [STEPS[0], pytest.param(STEPS[1], marks=pytest.mark.soak)]
+)
 @pytest.mark.parametrize("name", OTHERS)
 def test_another_run_is_refused_by_name(
-    name: str, files: Path, undisturbed: Undisturbed, tmp_path: Path
+    name: str, step: int, files: Path, undisturbed: Undisturbed, tmp_path: Path
 ) -> None:
     assert undisturbed[True]
     change, message = OTHERS[name]
-    for step in STEPS:
-        checkpoint = undisturbed.folder(True) / "run" / f"checkpoint-{step}"
-        cfg = disturbed_config(files, tmp_path, True, **change(files))
-        with pytest.raises(WindowFileError, match=message) as caught:
-            run({**cfg, "resume_from_checkpoint": str(checkpoint)})
-        assert "Restore what was changed, or start a new run" in str(caught.value)
+    checkpoint = undisturbed.folder(True) / "run" / f"checkpoint-{step}"
+    cfg = disturbed_config(files, tmp_path, True, **change(files))
+    with pytest.raises(WindowFileError, match=message) as caught:
+        run({**cfg, "resume_from_checkpoint": str(checkpoint)})
+    assert "Restore what was changed, or start a new run" in str(caught.value)
 
 
 def test_what_changes_no_step_may_change(
