@@ -37,7 +37,8 @@ class MegatronPSFTTrainer(PSFTTrainer):
         super().__init__(*args, **kwargs)
         self.layout = groups.current()
         # accelerate reads it when it shards a data loader.
-        self.accelerator.state.device_mesh = groups.data_mesh(self.layout)
+        timeout = self.args.ddp_timeout_delta
+        self.accelerator.state.device_mesh = groups.data_mesh(self.layout, timeout)
         self._megatron: MegatronStep | None = None
         self._micro_batches: list[Batch] = []
         self._batches_compared = False

@@ -134,14 +134,10 @@ def errors_of(
 
 CASES = [
     ("data parallel", dies, 1, "training_step"),
-    ("tensor parallel", dies, 0, "_score"),
-    ("data parallel", hangs, 1, "_save_checkpoint"),
-    ("tensor parallel", hangs, 1, "training_step"),
-    ("data parallel", sees_a_nan, 1, "_loss"),
-    ("tensor parallel", sees_a_nan, 1, "_loss"),
     ("data parallel", cannot_write, 1, "_save_checkpoint"),
+    ("tensor parallel", hangs, 1, "training_step"),
+    ("tensor parallel", sees_a_nan, 1, "_loss"),
     ("tensor parallel", cannot_write, 0, "_save_checkpoint"),
-    ("data parallel", raises, 1, "training_step"),
 ]
 MORE = [
     case
@@ -149,6 +145,7 @@ MORE = [
     for rank in (0, 1)
     for case in [
         *((mode, fault, rank, m) for fault in (dies, hangs) for m in PHASES.values()),
+        (mode, raises, rank, "training_step"),
         (mode, raises, rank, "_save_checkpoint"),
         (mode, raises, rank, "_score"),
         (mode, sees_a_nan, rank, "_loss"),
@@ -227,23 +224,29 @@ def train_apart(cfg: dict[str, Any]) -> None:
     train({**cfg, "output_dir": cfg["output_dir"] + (rank if rank == "1" else "")})
 
 
-def test_more_processes_and_the_same_samples_a_step(
-    files: Path, undisturbed: Any, tmp_path: Path
+def test_more_processes_with_the_same_samples_a_step(
+    files: Path, tmp_path: Path
 ) -> None:
-    """One process with accumulation 4 is two with 2, at the end of a window."""
-    alone = disturbed_config(files, tmp_path, False, ddp_timeout=TIMEOUT)
-    alone |= {"gradient_accumulation_steps": 2, "save_total_limit": 100}
+    """One process with accumulation 2 is two with 1, at the end of a window."""
+    alone = disturbed_config(files, tmp_path, False, save_total_limit=100)
+    alone |= {
+        "overrides_of_model_config": {"attention_dropout": 0.0},
+        "ddp_timeout": TIMEOUT,
+    }
+    # Short of the epoch's last step, which accelerate fills up with samples again.
+    alone["max_steps"] = 7
     whole = train(alone)
-    checkpoint = str(tmp_path / "run" / "checkpoint-5")
-    two = {**alone, "output_dir": str(tmp_path / "two"), "max_steps": 8}
-    two |= {"gradient_accumulation_steps": 1, "resume_from_checkpoint": checkpoint}
+    checkpoints = tmp_path / "run"
+    two = {**alone, "output_dir": str(tmp_path / "two")}
+    two |= {"gradient_accumulation_steps": 1}
+    two["resume_from_checkpoint"] = str(checkpoints / "checkpoint-5")
     logs, _ = run_distributed(train, 2, two, timeout=120)
-    names = ("loss", "psft/nll", "grad_norm")
-    for entry, expected in zip(logs[5:], whole[5:8], strict=True):
-        for name in names:
-            # Dropout is drawn otherwise.
-            assert entry[name] == pytest.approx(expected[name], rel=0.2)
-    two["resume_from_checkpoint"] = str(tmp_path / "run" / "checkpoint-6")
+    assert len(logs) == len(whole)
+    for entry, expected in zip(logs, whole, strict=True):
+        assert entry.pop("epoch") == pytest.approx(expected.pop("epoch"), rel=0.1)
+        # Another order of summation, and Adam.
+        assert entry == pytest.approx(expected, rel=1e-3, abs=1e-5)
+    two["resume_from_checkpoint"] = str(checkpoints / "checkpoint-6")
     with pytest.raises(RuntimeError, match=r"gradient_accumulation_steps was 2"):
         run_distributed(train, 2, two, timeout=120)
 
