@@ -134,6 +134,7 @@ def errors_of(
 
 CASES = [
     ("data parallel", dies, 1, "training_step"),
+    ("data parallel", hangs, 1, "_save_rng_state"),
     ("data parallel", cannot_write, 1, "_save_checkpoint"),
     ("tensor parallel", hangs, 1, "training_step"),
     ("tensor parallel", sees_a_nan, 1, "_loss"),
@@ -144,7 +145,11 @@ MORE = [
     for mode in MODES
     for rank in (0, 1)
     for case in [
-        *((mode, fault, rank, m) for fault in (dies, hangs) for m in PHASES.values()),
+        *(
+            (mode, fault, rank, method)
+            for fault in (dies, hangs)
+            for method in [*PHASES.values(), "_save_rng_state"]
+        ),
         (mode, raises, rank, "training_step"),
         (mode, raises, rank, "_save_checkpoint"),
         (mode, raises, rank, "_score"),
@@ -175,6 +180,8 @@ def test_all_ranks_end_in_time_and_go_on(
     assert newest is not None
     for error in errors:
         expect(error, fault, rank, newest)
+    if method == "_save_rng_state":
+        assert newest.name == "checkpoint-4", "complete without this rank's file"
     assert not list(tmp_path.rglob("*.partial"))
     assert run_distributed(train, 2, cfg, timeout=120)[0] == undisturbed(mode)
 
