@@ -25,4 +25,5 @@ def main() -> None:
     do_cli(config=config)
 
 
-main()
+if __name__ == "__main__":
+    main()

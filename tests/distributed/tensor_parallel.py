@@ -273,7 +273,8 @@ def cut_short(models: Path, output: Path, tp_size: int) -> dict[str, Any]:
     def interrupted(self: Any, folder: Any) -> None:
         saves.append(folder)
         if len(saves) == 6:
-            raise RuntimeError("interrupted")
+            # Not an exception: those remove what was half written.
+            raise KeyboardInterrupt("interrupted")
         original(self, folder)
 
     MegatronStep.save_optimizer = interrupted  # type: ignore[method-assign]
@@ -281,7 +282,7 @@ def cut_short(models: Path, output: Path, tp_size: int) -> dict[str, Any]:
     folder = output / "first" / "run"
     try:
         run(tp_config(models, output / "first", tp_size, **options, **SAVE))
-    except RuntimeError as error:
+    except KeyboardInterrupt as error:
         results["error"] = str(error)
     finally:
         MegatronStep.save_optimizer = original  # type: ignore[method-assign]
