@@ -18,7 +18,7 @@ export AXOLOTL_DO_NOT_TRACK := 1
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help install quickstart quickstart-tp2 evidence evidence-quick test lint clean
+.PHONY: help install quickstart quickstart-tp2 evidence evidence-quick test soak lint clean
 
 help:
 	@echo "make quickstart      install, make a small model, train it with PSFT and SFT"
@@ -26,6 +26,7 @@ help:
 	@echo "make evidence        what PSFT does to earlier skills, entropy and RL (90 minutes)"
 	@echo "make evidence-quick  the same with one seed and fewer updates (10 minutes)"
 	@echo "make test            install, lint, type-check and test (about 20 minutes)"
+	@echo "make soak            kill, starve and damage runs at random moments (MINUTES minutes)"
 	@echo "make lint            ruff and mypy only"
 	@echo "make clean           remove outputs/ and .venv/"
 
@@ -78,6 +79,9 @@ lint: $(STAMP)
 
 test: $(STAMP) lint
 	$(BIN)/python -m pytest
+
+soak: $(STAMP)
+	$(BIN)/python -m pytest --soak tests/test_faults.py tests/distributed/test_faults.py
 
 clean:
 	rm -rf outputs .venv

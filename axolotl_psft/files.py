@@ -4,9 +4,11 @@ Written atomically, read back whole or not at all. What the tensors and the head
 and what to tell a person, is the caller's.
 """
 
+import contextlib
 import hashlib
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,27 @@ from torch import Tensor
 
 class NotIntactError(ValueError):
     """A file that is truncated, damaged or of another format."""
+
+
+class OtherVersionError(NotIntactError):
+    """A file of this kind in another version of its format; carries that format."""
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A path to write to, which takes the place of ``path`` when the block ends.
+
+    Whoever reads ``path`` sees all of what was written or none. Where the block fails,
+    nothing is left of it.
+    """
+    partial = path.with_suffix(".partial")
+    try:
+        yield partial
+        os.replace(partial, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise
 
 
 def write(
@@ -32,11 +55,10 @@ def write(
     """
     text = json.dumps(header)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
     sha256 = digest_tensors(tensors, text)
     metadata = {"format": format, "header": text, "sha256": sha256}
-    save_file(tensors, partial, metadata=metadata)
-    os.replace(partial, path)
+    with replacing(path) as partial:
+        save_file(tensors, partial, metadata=metadata)
 
 
 def read(path: Path, *, format: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -45,6 +67,7 @@ def read(path: Path, *, format: str) -> tuple[dict[str, Any], dict[str, Tensor]]
     Raises:
         FileNotFoundError: there is no such file.
         NotIntactError: it is truncated, damaged or of another format.
+        OtherVersionError: its format differs in the version only.
     """
     if not path.is_file():
         raise FileNotFoundError(path)
@@ -52,11 +75,16 @@ def read(path: Path, *, format: str) -> tuple[dict[str, Any], dict[str, Tensor]]
         with safetensors.safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        kind, _ = format.rsplit("/", 1)
+        if metadata["format"].startswith(f"{kind}/") and metadata["format"] != format:
+            raise OtherVersionError(metadata["format"])
         # Over the header too: a flipped bit there would be another step or setting.
         intact = metadata["format"] == format and metadata["sha256"] == digest_tensors(
             tensors, metadata["header"]
         )
         header = json.loads(metadata["header"])
+    except OtherVersionError:
+        raise
     except (safetensors.SafetensorError, KeyError, ValueError, TypeError) as error:
         raise NotIntactError(path) from error
     if not intact:

@@ -228,10 +228,8 @@ class InitialPolicy:
         folder.mkdir(parents=True, exist_ok=True)
         clear(folder)
         for part in range(len(self._parts)):
-            target = _path(folder, part)
-            partial = target.with_suffix(".partial")
-            shutil.copyfile(_path(self.folder, part), partial)
-            os.replace(partial, target)
+            with files.replacing(_path(folder, part)) as partial:
+                shutil.copyfile(_path(self.folder, part), partial)
 
 
 def _path(folder: Path, part: int) -> Path:

@@ -17,7 +17,11 @@ from axolotl_psft import files
 
 Batch = dict[str, Any]
 
-_FORMAT = "axolotl_psft.window/1"
+_FORMAT = "axolotl_psft.window/2"
+
+
+# Differing settings that an error names: a model of another family has dozens.
+_MAX_NAMED = 6
 
 
 class WindowFileError(RuntimeError):
@@ -74,13 +78,22 @@ def save_window(
     rank: int,
     world_size: int,
     settings: dict[str, Any],
+    batching: dict[str, Any],
     initial_policy: str | None = None,
 ) -> None:
     """Write the rest of the window, atomically; without pickle.
 
     The micro-batches themselves are not saved: the data order is a function of seed
     and epoch, so the data loader gives them again. Their digests are, to prove it.
-    ``initial_policy`` names the files that hold the initial policy's log-probs.
+
+    Args:
+        checkpoint: its folder.
+        window: what is left of it.
+        global_step, rank, world_size: when and where.
+        settings: by the YAML's keys, what a run that resumes must have in common.
+        batching: the same, but for a run that resumes at the end of a window with
+            another number of processes.
+        initial_policy: names the files that hold the initial policy's log-probs.
     """
     path = window_path(checkpoint, rank)
     batches = [batch for step in window.steps for batch in step.batches]
@@ -95,6 +108,7 @@ def save_window(
         "rank": rank,
         "world_size": world_size,
         "settings": settings,
+        "batching": batching,
         "initial_policy": initial_policy,
         "batches_per_step": [len(step.batches) for step in window.steps],
         "batch_digests": [digest(batch) for batch in batches],
@@ -111,6 +125,9 @@ class SavedWindow:
     batches_per_step: list[int]
     batch_digests: list[str]
     old_logprobs: list[Tensor]
+    world_size: int
+    batching: dict[str, Any]
+    """Of the run that saved it."""
     initial_policy: str | None = None
 
     def attach(self, batches: Iterator[Batch]) -> Window:
@@ -149,12 +166,14 @@ def load_window(
     rank: int,
     world_size: int,
     settings: dict[str, Any],
+    batching: dict[str, Any],
 ) -> SavedWindow:
     """Read ``rank``'s window from a checkpoint and check that it belongs to this run.
 
     Raises:
         WindowFileError: if the file is missing, damaged, of another step, rank, world
-            size (mid-window) or ``psft`` block. Names the file and the remedy.
+            size (mid-window) or of a run with other settings. Names the file, the
+            settings with both their values, and the remedy.
     """
     path = window_path(checkpoint, rank)
     first = window_path(checkpoint, 0)
@@ -163,8 +182,13 @@ def load_window(
         # has; that must be the end of a window.
         path, rank = first, 0
     header, tensors = _read(path)
-    _check_belongs(path, header, global_step=global_step, rank=rank, settings=settings)
-    if header["batches_per_step"] and header["world_size"] != world_size:
+    _check_belongs(path, header, global_step=global_step, rank=rank)
+    mid_window = bool(header["batches_per_step"])
+    saved = header["settings"]
+    if mid_window or header["world_size"] == world_size:
+        saved, settings = saved | header["batching"], settings | batching
+    _check_settings(path, saved, settings)
+    if mid_window and header["world_size"] != world_size:
         raise WindowFileError(
             f"{path}: saved in the middle of a window by {header['world_size']} "
             f"processes, this run has {world_size}. Resume with "
@@ -177,6 +201,8 @@ def load_window(
         batches_per_step=header["batches_per_step"],
         batch_digests=header["batch_digests"],
         old_logprobs=[tensors[f"old_logprobs.{i}"] for i in range(len(tensors))],
+        world_size=header["world_size"],
+        batching=header["batching"],
         initial_policy=header.get("initial_policy"),
     )
 
@@ -196,6 +222,12 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             "completely. Resume from another checkpoint, or start a new run with "
             "base_model set to this one."
         ) from error
+    except files.OtherVersionError as error:
+        raise WindowFileError(
+            f"{path}: its format is {error}, this version of axolotl_psft reads "
+            f"{_FORMAT}. Resume with the version that wrote it, or start a new run with"
+            " base_model set to the checkpoint."
+        ) from error
     except files.NotIntactError as error:
         raise WindowFileError(
             f"{path}: truncated, damaged or not a psft window file. Resume from another"
@@ -205,12 +237,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def _check_belongs(
-    path: Path,
-    header: dict[str, Any],
-    *,
-    global_step: int,
-    rank: int,
-    settings: dict[str, Any],
+    path: Path, header: dict[str, Any], *, global_step: int, rank: int
 ) -> None:
     if (header["global_step"], header["rank"]) != (global_step, rank):
         raise WindowFileError(
@@ -218,13 +245,22 @@ def _check_belongs(
             f"this is step {global_step}, rank {rank}. The file was copied from "
             "another checkpoint: resume from an unmixed one."
         )
-    # The objective first: what else differs follows from it.
-    keys = settings.keys() | header["settings"].keys()
-    for key in sorted(keys, key=lambda key: (key != "objective", key)):
-        saved, current = header["settings"].get(key), settings.get(key)
-        if saved != current:
-            raise WindowFileError(
-                f"{path}: psft.{key} was {saved} when the checkpoint was written and is"
-                f" {current} now. Restore it, or start a new run with base_model set "
-                "to the checkpoint."
-            )
+
+
+def _check_settings(path: Path, saved: dict[str, Any], current: dict[str, Any]) -> None:
+    # In the caller's order, which is that of cause and effect; the objective first.
+    keys = sorted({**current, **saved}, key=lambda key: key != "psft.objective")
+    differing = [key for key in keys if saved.get(key) != current.get(key)]
+    if not differing:
+        return
+    named = [
+        f"{key} was {saved.get(key)} when the checkpoint was written and is "
+        f"{current.get(key)} now"
+        for key in differing[:_MAX_NAMED]
+    ]
+    if len(differing) > _MAX_NAMED:
+        named.append(f"{len(differing) - _MAX_NAMED} more differ")
+    raise WindowFileError(
+        f"{path}: {'; '.join(named)}. Restore what was changed, or start a new run with"
+        " base_model set to the checkpoint."
+    )

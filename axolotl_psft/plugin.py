@@ -5,7 +5,7 @@ from typing import Any
 from axolotl.integrations.base import BasePlugin
 from axolotl.utils.logging import get_logger
 
-from axolotl_psft import data_files
+from axolotl_psft import checkpoints, data_files
 from axolotl_psft.config import PSFTConfig
 
 LOG = get_logger(__name__)
@@ -20,6 +20,11 @@ class PSFTPlugin(BasePlugin):
     def get_input_args(self) -> str:
         return "axolotl_psft.config.PSFTArgs"
 
+    def register(self, cfg: Any) -> None:
+        # Before Axolotl writes its log there: the first hook of its command line.
+        if cfg.get("psft") and cfg.get("output_dir"):
+            checkpoints.check_writable(cfg["output_dir"])
+
     def load_datasets(self, cfg: Any, preprocess: bool = False) -> None:
         # Nothing to load: this is the last hook before Axolotl reads the device map,
         # which on several ranks is the rank's number even where there is no GPU, and
@@ -33,6 +38,8 @@ class PSFTPlugin(BasePlugin):
             self._num_rows = report.num_rows
             for note in report.notes:
                 LOG.warning(f"psft: {note}")
+            if not preprocess:
+                _choose_checkpoint(cfg)
         if _tensor_parallel(cfg) and not preprocess:
             from axolotl_psft.megatron import engine
 
@@ -119,6 +126,25 @@ def _stand_in_on_cpu(cfg: Any) -> None:
     )
     attention.register()
     cfg.attn_implementation = attention.NAME
+
+
+def _choose_checkpoint(cfg: Any) -> None:
+    """With auto_resume_from_checkpoints, the newest one that is complete.
+
+    Axolotl takes the newest, be it the one that the run was killed over.
+    """
+    if not cfg.auto_resume_from_checkpoints or cfg.resume_from_checkpoint is not None:
+        return
+    newest, skipped = checkpoints.newest_complete(cfg.output_dir)
+    if skipped:
+        begin = "starts anew" if newest is None else f"resumes from {newest.name}"
+        LOG.warning(
+            f"auto_resume_from_checkpoints: the run {begin}: {'; '.join(skipped)}."
+        )
+    if newest is None:
+        cfg.auto_resume_from_checkpoints = False
+    else:
+        cfg.resume_from_checkpoint = str(newest)
 
 
 def _tensor_parallel(cfg: Any) -> bool:

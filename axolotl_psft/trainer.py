@@ -1,12 +1,15 @@
 """PSFTTrainer: Axolotl's causal-LM trainer with the PSFT objective.
 
 Joins the rooms: windows (old_policy.py), initial policy (initial_policy.py), log-probs
-(causal_lm.py), loss (objective.py), metrics (metrics.py), data order (sampling.py). No
-maths lives here.
+(causal_lm.py), loss (objective.py), metrics (metrics.py), data order (sampling.py),
+checkpoints (checkpoints.py, same_run.py), failures (failures.py). No maths lives here.
 """
 
+import contextlib
+import functools
 import math
 import os
+import shutil
 import time
 import uuid
 from collections.abc import Iterator
@@ -26,10 +29,9 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import Trainer
-from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, has_length
 
-from axolotl_psft import initial_policy, old_policy
+from axolotl_psft import checkpoints, failures, initial_policy, old_policy, same_run
 from axolotl_psft.attention import takes_lengths
 from axolotl_psft.causal_lm import (
     TokenLogprobsOutput,
@@ -37,7 +39,9 @@ from axolotl_psft.causal_lm import (
     install_logprobs_forward,
     unwrap_peft,
 )
+from axolotl_psft.checkpoints import CheckpointError, FirstError
 from axolotl_psft.config import PSFTConfig
+from axolotl_psft.failures import DataWorkerError
 from axolotl_psft.initial_policy import InitialPolicy
 from axolotl_psft.metrics import TokenSums
 from axolotl_psft.objective import psft_loss, sft_kl_loss, sft_loss
@@ -54,17 +58,11 @@ LOG = get_logger(__name__)
 # Scoring that takes longer than this shows a progress bar.
 _PROGRESS_AFTER_SECONDS = 5.0
 
-_FAILURE_KEY = "axolotl_psft.failure"
-
 _TOKEN_COUNTS = {"tokens/trainable", "tokens/total", "tokens/train_per_sec_per_gpu"}
 
 
 class NonFiniteLossError(RuntimeError):
     """The loss or the gradient norm became NaN or infinite; names step and rank."""
-
-
-class PeerFailedError(RuntimeError):
-    """Another rank failed first; carries its message."""
 
 
 class _CorrectedLogs(Trainer):
@@ -121,6 +119,11 @@ class PSFTTrainer(AxolotlTrainer, _CorrectedLogs):  # type: ignore[misc]
         # The Trainer would replace a NaN by the running mean and train on.
         self.args.logging_nan_inf_filter = False
         self._initial_policy: InitialPolicy | None = None
+        _load_to_numbered_cpus()
+        self._saving: FirstError | None = None
+        self._resumed_from: Path | None = None
+        self._resumed_window: SavedWindow | None = None
+        self._settings: dict[str, Any] = {}
         self._reset_run_state()
 
     @property
@@ -187,13 +190,7 @@ class PSFTTrainer(AxolotlTrainer, _CorrectedLogs):  # type: ignore[misc]
             )
         if resume_from_checkpoint is not None:
             self._check_can_resume()
-            self._saved_window = old_policy.load_window(
-                resume_from_checkpoint,
-                global_step=self.state.global_step,
-                rank=self.args.process_index,
-                world_size=self.args.world_size,
-                settings=self._settings(),
-            )
+        self._saved_window = self._resumed_window
         # Not twice in a run: where auto_find_batch_size starts over, the model has been
         # trained already.
         if self.psft.objective == "sft_kl" and self._initial_policy is None:
@@ -244,8 +241,50 @@ class PSFTTrainer(AxolotlTrainer, _CorrectedLogs):  # type: ignore[misc]
         handlers = self.callback_handler.callbacks
         return any(isinstance(handler, ReLoRACallback) for handler in handlers)
 
-    def _settings(self) -> dict[str, Any]:
+    def _read_checkpoint(self, checkpoint: Path | None) -> None:
+        """Before weights are read: is it complete, and of a run like this one?
+
+        Raises:
+            ValueError: the checkpoint was never completed, or ranks found others.
+            WindowFileError: its window is missing, damaged or another run's.
+            PeerFailedError: another rank found that.
+        """
+        found = failures.gather(checkpoint and str(checkpoint))
+        if len(set(found)) > 1:
+            raise ValueError(
+                f"resume_from_checkpoint: the ranks found {found}. output_dir must be "
+                "on a disk that all nodes see."
+            )
+        if checkpoint is None:
+            return
+        first = FirstError()
+        with first.kept():
+            self._resumed_window = old_policy.load_window(
+                checkpoint, global_step=checkpoints.check(checkpoint), **self._run()
+            )
+            self._warn_of_other_batch(self._resumed_window)
+        failures.raise_together(first.error)
+
+    def _run(self) -> dict[str, Any]:
+        """Of this run, what a window's file holds and is compared with."""
+        return {
+            "rank": self.args.process_index,
+            "world_size": self.args.world_size,
+            "settings": self._settings,
+            "batching": same_run.batching(self.args),
+        }
+
+    def _read_settings(self) -> dict[str, Any]:
         """What must not change between a checkpoint and its resumption."""
+        return {
+            **{f"psft.{key}": x for key, x in self._objective_settings().items()},
+            **same_run.order(self.args),
+            **same_run.tokenizer(self.processing_class),
+            **same_run.model(self.accelerator.unwrap_model(self.model)),
+            **same_run.data(self.train_dataset),
+        }
+
+    def _objective_settings(self) -> dict[str, Any]:
         if self.psft.objective == "sft_kl":
             return self.psft.model_dump(include={"objective", "kl_coef"})
         return {
@@ -254,20 +293,91 @@ class PSFTTrainer(AxolotlTrainer, _CorrectedLogs):  # type: ignore[misc]
             "epsilon": self.psft.epsilon if self.psft.epsilon_high is None else None,
         }
 
-    def _save_checkpoint(self, model: nn.Module, trial: Any, **kwargs: Any) -> None:
-        # Before the rest: a checkpoint must not look complete without its window.
-        if not self.args.save_only_model:
-            folder = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-            old_policy.save_window(
-                f"{self._get_output_dir(trial=trial)}/{folder}",
-                self._window,
-                global_step=self.state.global_step,
-                rank=self.args.process_index,
-                world_size=self.args.world_size,
-                settings=self._settings(),
-                initial_policy=getattr(self._initial_policy, "run_id", None),
+    def _warn_of_other_batch(self, saved: SavedWindow) -> None:
+        ours = same_run.batching(self.args)
+        sizes = [
+            math.prod(batching.values()) * size
+            for batching, size in (
+                (saved.batching, saved.world_size),
+                (ours, self.args.world_size),
             )
-        super()._save_checkpoint(model, trial, **kwargs)
+        ]
+        if sizes[0] != sizes[1] and self.is_world_process_zero():
+            LOG.warning(
+                f"psft: {saved.world_size} processes wrote the checkpoint, with "
+                f"{saved.batching}; now there are {self.args.world_size}, with {ours}. "
+                "An optimizer step has another number of samples, and the place in the "
+                "data is counted in steps: some samples come again in this epoch, or "
+                "not at all. Keep the product of the three to go on exactly there."
+            )
+
+    # ---- Checkpoints ----
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any, **kwargs: Any) -> None:
+        """The Trainer's, all or nothing: where one rank cannot write, all stop.
+
+        Two small collectives beside the Trainer's own, a third before the last file.
+
+        Raises:
+            CheckpointError: it could not be written.
+        """
+        name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        folder = Path(self._get_output_dir(trial=trial)) / name
+        self._saving = FirstError()
+        if self.is_world_process_zero():
+            with self._failure_kept():
+                checkpoints.begin(folder)
+        # Nobody writes before.
+        self._stop_if_not_written(folder)
+        with self._failure_kept():
+            if not self.args.save_only_model:
+                old_policy.save_window(
+                    folder,
+                    self._window,
+                    global_step=self.state.global_step,
+                    initial_policy=getattr(self._initial_policy, "run_id", None),
+                    **self._run(),
+                )
+        with self._failure_kept():
+            super()._save_checkpoint(model, trial, **kwargs)
+        self._stop_if_not_written(folder)
+        self._saving = None
+
+    def _failure_kept(self) -> contextlib.AbstractContextManager[None]:
+        """While a checkpoint is saved: this rank's failure waits for the others."""
+        if self._saving is None:
+            return contextlib.nullcontext()
+        return self._saving.kept()
+
+    def _stop_if_not_written(self, folder: Path) -> None:
+        """Raise on every rank where any rank has failed to write. One collective."""
+        assert self._saving is not None
+        failed = failures.described(failures.gather(self._saving.describe()))
+        if not failed:
+            return
+        error = checkpoints.not_written(folder, failed, self._resumed_from)
+        if self.is_world_process_zero():
+            # Of no use, and the disk may be full of it.
+            shutil.rmtree(folder, ignore_errors=True)
+        raise error from self._saving.error
+
+    def save_model(self, *args: Any, **kwargs: Any) -> None:
+        with self._failure_kept():
+            super().save_model(*args, **kwargs)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        with self._failure_kept():
+            super()._save_optimizer_and_scheduler(output_dir)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        with self._failure_kept():
+            super()._save_rng_state(output_dir)
+        # trainer_state.json is written next, by rank 0, and makes the checkpoint
+        # complete: not before all ranks' files are there.
+        self._stop_if_not_written(Path(output_dir))
+        if self.is_world_process_zero():
+            with self._failure_kept():
+                checkpoints.list_files(Path(output_dir))
 
     # ---- Windows ----
 
@@ -582,31 +692,43 @@ class PSFTTrainer(AxolotlTrainer, _CorrectedLogs):  # type: ignore[misc]
 
         Raises:
             ValueError: the checkpoint to resume from was never completed.
+            WindowFileError: it is damaged, or of a run with other settings.
+            CheckpointError: a checkpoint could not be written.
+            NonFiniteLossError: see there.
+            DataWorkerError: a process of the data loader ended.
+            PeerFailedError: another rank failed, was killed or hangs.
         """
         resume = kwargs.get("resume_from_checkpoint", args[0] if args else None)
-        if isinstance(resume, (str, os.PathLike)):
-            _check_complete(Path(resume))
+        is_path = isinstance(resume, (str, os.PathLike))
+        self._resumed_from = Path(resume) if is_path else None  # type: ignore[arg-type]
+        self._resumed_window = None
+        self._settings = self._read_settings()
+        self._read_checkpoint(self._resumed_from)
         self._initial_policy = None
         try:
             return super().train(*args, **kwargs)
+        except (NonFiniteLossError, CheckpointError):
+            # All ranks raise them.
+            raise
         except Exception as error:
-            self._name_first_failure(error)
+            self._explain(error)
             raise
 
-    def _name_first_failure(self, error: Exception) -> None:
-        # A rank that dies takes its connections with it, and the others then fail with
-        # nothing to say but that.
-        if not dist.is_initialized() or isinstance(error, NonFiniteLossError):
+    def _explain(self, error: Exception) -> None:
+        """Raise the failure that ``error`` is the consequence of, if it is one."""
+        output_dir = self._get_output_dir(trial=None)
+        remedy = checkpoints.how_to_resume(output_dir, self._resumed_from)
+        # torch's words, raised wherever this process was when a worker ended.
+        if "DataLoader worker" not in str(error):
+            failures.name_first(error, remedy)
             return
-        store = dist.distributed_c10d._get_default_store()
-        rank, size = self.args.process_index, self.args.world_size
-        if not store.check([_FAILURE_KEY]):
-            text = (
-                f"rank {rank} of {size} failed first: {type(error).__name__}: {error}"
-            )
-            store.set(_FAILURE_KEY, text)
-            return
-        raise PeerFailedError(store.get(_FAILURE_KEY).decode()) from error
+        ended = DataWorkerError(
+            f"dataloader_num_workers: {self.args.dataloader_num_workers}: "
+            f"{str(error).rstrip('. ')}. Workers are killed where memory or /dev/shm "
+            f"runs out: use fewer of them if that was it. {remedy}"
+        )
+        failures.name_first(ended, remedy)
+        raise ended from error
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         # The last thing before optimizer.step().
@@ -726,18 +848,18 @@ def _keep_4bit_weights(model: nn.Module) -> None:
             setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010
 
 
-def _check_complete(checkpoint: Path) -> None:
-    # The last thing written to a checkpoint.
-    if checkpoint.is_dir() and not (checkpoint / TRAINER_STATE_NAME).is_file():
-        others = sorted(
-            path.parent.name
-            for path in checkpoint.parent.glob(f"checkpoint-*/{TRAINER_STATE_NAME}")
-        )
-        raise ValueError(
-            f"resume_from_checkpoint: {checkpoint} has no {TRAINER_STATE_NAME}: the run"
-            " ended while it was being written. Delete it and resume from a complete "
-            f"one; here are {others or 'none'}."
-        )
+@functools.cache
+def _load_to_numbered_cpus() -> None:
+    """Let torch.load take "cpu:0" for "cpu".
+
+    It is what transformers asks for on several CPU ranks, and without it their Adam
+    cannot be resumed.
+    """
+
+    def deserialize(storage: Any, location: str) -> Any:
+        return storage if location.startswith("cpu:") else None
+
+    torch.serialization.register_package(100, lambda storage: None, deserialize)
 
 
 def _num_masked(samples: Any) -> int:

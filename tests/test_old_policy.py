@@ -26,8 +26,15 @@ from axolotl_psft.old_policy import (
     window_path,
 )
 
-SETTINGS = {"epsilon": None, "epsilon_high": 0.28, "refresh_steps": 4}
-RUN = {"global_step": 6, "rank": 1, "world_size": 2, "settings": SETTINGS}
+SETTINGS = {"psft.epsilon": None, "psft.epsilon_high": 0.28, "psft.refresh_steps": 4}
+BATCHING = {"micro_batch_size": 2, "gradient_accumulation_steps": 1}
+RUN = {
+    "global_step": 6,
+    "rank": 1,
+    "world_size": 2,
+    "settings": SETTINGS,
+    "batching": BATCHING,
+}
 
 
 def batches(num: int, seed: int = 0) -> list[Batch]:
@@ -264,9 +271,9 @@ def test_foreign_bytes(tmp_path: Path, content: bytes):
     [
         None,
         {"format": "pt"},
-        {"format": "axolotl_psft.window/1"},
-        {"format": "axolotl_psft.window/1", "header": "[]", "sha256": "0"},
-        {"format": "axolotl_psft.window/1", "header": "{", "sha256": "0"},
+        {"format": "axolotl_psft.window/2"},
+        {"format": "axolotl_psft.window/2", "header": "[]", "sha256": "0"},
+        {"format": "axolotl_psft.window/2", "header": "{", "sha256": "0"},
     ],
 )
 def test_foreign_safetensors(tmp_path: Path, metadata: dict[str, str] | None):
@@ -274,6 +281,15 @@ def test_foreign_safetensors(tmp_path: Path, metadata: dict[str, str] | None):
         {"model.weight": torch.ones(2)}, window_path(tmp_path, 1), metadata=metadata
     )
     assert "not a psft window file" in error_of(tmp_path)
+
+
+def test_the_version_before(saved: Path):
+    tensors = {"old_logprobs.0": torch.ones(2)}
+    metadata = {"format": "axolotl_psft.window/1", "header": "{}", "sha256": "0"}
+    safetensors.torch.save_file(tensors, window_path(saved, 1), metadata=metadata)
+    message = error_of(saved)
+    assert "its format is axolotl_psft.window/1" in message
+    assert "Resume with the version that wrote it" in message
 
 
 def test_a_folder_of_that_name(tmp_path: Path):
@@ -316,23 +332,43 @@ def test_another_world_size_mid_window(saved: Path):
 @pytest.mark.parametrize(
     "key, value, was, now",
     [
-        ("refresh_steps", 8, "4", "8"),
-        ("epsilon_high", None, "0.28", "None"),
-        ("new_key", 1, "None", "1"),
+        ("psft.refresh_steps", 8, "4", "8"),
+        ("psft.epsilon_high", None, "0.28", "None"),
+        ("seed", 1, "None", "1"),
     ],
 )
 def test_other_settings(saved: Path, key: str, value: Any, was: str, now: str):
     message = error_of(saved, settings={**SETTINGS, key: value})
-    assert f"psft.{key} was {was} when the checkpoint was written and is {now}" in (
-        message
-    )
+    assert f"{key} was {was} when the checkpoint was written and is {now}" in (message)
 
 
 def test_another_objective_is_named_before_what_follows_from_it(saved: Path):
-    message = error_of(saved, settings={"objective": "sft_kl", "kl_coef": 0.5})
-    assert "psft.objective was None when the checkpoint was written and is sft_kl" in (
-        message
-    )
+    message = error_of(saved, settings={"psft.objective": "sft_kl"})
+    was = "psft.objective was None when the checkpoint was written and is sft_kl"
+    assert was in message
+    assert message.index(was) < message.index("psft.epsilon_high was 0.28")
+
+
+def test_many_settings_are_named_in_part(saved: Path):
+    message = error_of(saved, settings={**SETTINGS, **{f"key{i}": i for i in range(9)}})
+    assert "key5 was None" in message and "key6" not in message
+    assert "3 more differ" in message
+
+
+def test_other_batching(saved: Path, tmp_path: Path):
+    other = {"micro_batch_size": 1, "gradient_accumulation_steps": 2}
+    message = error_of(saved, batching=other)
+    assert "micro_batch_size was 2 when the checkpoint was written and is 1" in message
+    assert "gradient_accumulation_steps was 1" in message
+    # In the middle of a window, with other ranks, too.
+    message = error_of(saved, batching=other, world_size=4)
+    assert "micro_batch_size was 2" in message
+    # At its end, other ranks may share the same samples out.
+    ended = tmp_path / "ended"
+    save_window(ended, Window(start_step=4), **RUN)
+    assert "micro_batch_size was 2" in error_of(ended, batching=other)
+    loaded = load_window(ended, **{**RUN, "batching": other, "world_size": 4})
+    assert (loaded.batching, loaded.world_size) == (BATCHING, 2)
 
 
 def test_the_initial_policy_is_named(tmp_path: Path):
@@ -341,7 +377,7 @@ def test_the_initial_policy_is_named(tmp_path: Path):
 
 
 def test_a_setting_that_is_gone(saved: Path):
-    settings = {key: SETTINGS[key] for key in ("epsilon", "epsilon_high")}
+    settings = {key: SETTINGS[key] for key in ("psft.epsilon", "psft.epsilon_high")}
     message = error_of(saved, settings=settings)
     assert "psft.refresh_steps was 4" in message
 

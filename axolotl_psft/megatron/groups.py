@@ -5,6 +5,7 @@ within the copy. Megatron-Core's parallel_state holds the groups.
 """
 
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 from megatron.core import parallel_state
@@ -79,12 +80,16 @@ def check_world_size(tp_size: int, world_size: int) -> None:
         )
 
 
-def data_mesh(layout: Layout) -> DeviceMesh:
+def data_mesh(layout: Layout, timeout: timedelta) -> DeviceMesh:
     """The mesh by which accelerate gives a tensor-parallel group one batch."""
     accelerator = torch.accelerator.current_accelerator()
     device = "cpu" if accelerator is None else accelerator.type
-    return dist.device_mesh.init_device_mesh(
+    mesh = dist.device_mesh.init_device_mesh(
         device,
         (layout.dp_size, layout.tp_size),
         mesh_dim_names=("dp_replicate", "tp"),
     )
+    # It gives its groups torch's own.
+    for group in mesh.get_all_groups():
+        dist.distributed_c10d._set_pg_timeout(timeout, group)
+    return mesh

@@ -35,6 +35,7 @@ from megatron.core.transformer import MegatronModule, TransformerConfig
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from axolotl_psft.files import replacing
 from axolotl_psft.megatron.cpu import stand_ins
 from axolotl_psft.megatron.groups import Layout
 from axolotl_psft.megatron.layers import partial_gradients
@@ -170,15 +171,14 @@ class MegatronStep:
         """Write this rank's part: moments and float32 weights. Atomic."""
         path = _optimizer_path(folder, self.layout)
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial")
         state = {
             "format": _FORMAT,
             "layout": self.layout.describe(),
             "inner": self.optimizer.optimizer.state_dict(),
             "main": [[p.detach() for p in group] for group in self._main_groups()],
         }
-        torch.save(state, partial)
-        os.replace(partial, path)
+        with replacing(path) as partial:
+            torch.save(state, partial)
 
     def load_optimizer(self, folder: str | os.PathLike) -> None:
         """Read this rank's part back.

@@ -37,7 +37,8 @@ class MegatronPSFTTrainer(PSFTTrainer):
         super().__init__(*args, **kwargs)
         self.layout = groups.current()
         # accelerate reads it when it shards a data loader.
-        self.accelerator.state.device_mesh = groups.data_mesh(self.layout)
+        timeout = self.args.ddp_timeout_delta
+        self.accelerator.state.device_mesh = groups.data_mesh(self.layout, timeout)
         self._megatron: MegatronStep | None = None
         self._micro_batches: list[Batch] = []
         self._batches_compared = False
@@ -146,15 +147,19 @@ class MegatronPSFTTrainer(PSFTTrainer):
     ) -> None:
         """Gather and write; every rank must call it."""
         folder = str(output_dir or self.args.output_dir)
+        with self._failure_kept():
+            self._write_model(folder)
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(
+                commit_message="Model save", revision=self.args.hub_revision
+            )
+
+    def _write_model(self, folder: str) -> None:
         save_weights(self.model, folder, self.layout)
         if self.args.should_save:
             if self.processing_class is not None:
                 self.processing_class.save_pretrained(folder)
             torch.save(self.args, os.path.join(folder, TRAINING_ARGS_NAME))
-        if self.args.push_to_hub and not _internal_call:
-            self.push_to_hub(
-                commit_message="Model save", revision=self.args.hub_revision
-            )
 
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: nn.Module | None = None
@@ -171,10 +176,11 @@ class MegatronPSFTTrainer(PSFTTrainer):
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         assert self._megatron is not None
-        self._megatron.save_optimizer(output_dir)
-        if self.args.should_save:
-            state = self.lr_scheduler.state_dict()
-            torch.save(state, os.path.join(output_dir, SCHEDULER_NAME))
+        with self._failure_kept():
+            self._megatron.save_optimizer(output_dir)
+            if self.args.should_save:
+                state = self.lr_scheduler.state_dict()
+                torch.save(state, os.path.join(output_dir, SCHEDULER_NAME))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None:
@@ -183,9 +189,3 @@ class MegatronPSFTTrainer(PSFTTrainer):
         self._megatron.load_optimizer(checkpoint)
         path = os.path.join(checkpoint, SCHEDULER_NAME)
         self.lr_scheduler.load_state_dict(torch.load(path, weights_only=True))
-
-    def _save_rng_state(self, output_dir: str) -> None:
-        super()._save_rng_state(output_dir)
-        # trainer_state.json is written next, by rank 0: it must not be there while
-        # another rank's files are not, for it is what makes a checkpoint complete.
-        dist.barrier()

@@ -333,7 +333,8 @@ def cut_short(models: Path, output: Path, tp_size: int) -> dict[str, Any]:
     def interrupted(self: Any, folder: Any) -> None:
         saves.append(folder)
         if len(saves) == 6:
-            raise RuntimeError("interrupted")
+            # Not an exception: those remove what was half written.
+            raise KeyboardInterrupt("interrupted")
         original(self, folder)
 
     MegatronStep.save_optimizer = interrupted  # type: ignore[method-assign]
@@ -341,7 +342,7 @@ def cut_short(models: Path, output: Path, tp_size: int) -> dict[str, Any]:
     folder = output / "first" / "run"
     try:
         run(tp_config(models, output / "first", tp_size, **options, **SAVE))
-    except RuntimeError as error:
+    except KeyboardInterrupt as error:
         results["error"] = str(error)
     finally:
         MegatronStep.save_optimizer = original  # type: ignore[method-assign]
@@ -385,11 +386,11 @@ def _forget_failure() -> None:
     # A process of Axolotl's own ends with its first failure.
     import torch.distributed as dist
 
-    from axolotl_psft.trainer import _FAILURE_KEY
+    from axolotl_psft.failures import _FIRST
 
     dist.barrier()
     if dist.get_rank() == 0:
-        dist.distributed_c10d._get_default_store().delete_key(_FAILURE_KEY)
+        dist.distributed_c10d._get_default_store().delete_key(_FIRST)
     dist.barrier()
 
 

@@ -1,0 +1,125 @@
+"""Failures of one rank of several, told to the others.
+
+Errors that all ranks can exchange go through a collective (:func:`gather`). After one
+that breaks the connections, the store of the process group is what is left.
+"""
+
+import time
+from typing import Any
+
+from torch import distributed as dist
+
+# Until the ranks that can still speak have spoken.
+_ANSWER_SECONDS = 3.0
+
+_FIRST = "axolotl_psft.failure"
+_ANSWERS = "axolotl_psft.answer"
+
+
+class PeerFailedError(RuntimeError):
+    """Another rank failed; carries its message, or names the rank."""
+
+
+class DataWorkerError(RuntimeError):
+    """A worker process of the data loader ended; says which checkpoint to resume."""
+
+
+def gather(value: Any) -> list[Any]:
+    """Every rank's ``value`` (picklable), in rank order. One collective."""
+    if not dist.is_initialized():
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def described(errors: list[str | None]) -> list[str]:
+    """The failures among every rank's description, each with its rank."""
+    if len(errors) == 1:
+        return [text for text in errors if text]
+    return [f"rank {rank}: {text}" for rank, text in enumerate(errors) if text]
+
+
+def raise_together(error: Exception | None) -> None:
+    """Raise on every rank where any rank has an error. One collective.
+
+    Raises:
+        PeerFailedError: on ranks without an error, with that of the others.
+    """
+    mine = error and f"{type(error).__name__}: {error}"
+    failures = described(gather(mine))
+    if error is not None:
+        raise error
+    if failures:
+        raise PeerFailedError("; ".join(failures))
+
+
+def name_first(error: Exception, remedy: str) -> None:
+    """Record this rank's failure, or raise that of the rank which was first.
+
+    A rank that dies takes its connections with it, and the others then fail with
+    nothing to say but that.
+
+    Args:
+        error: what ended this rank.
+        remedy: what to do where a rank was lost, as sentences.
+
+    Raises:
+        PeerFailedError: this rank's failure is another's echo.
+    """
+    if not dist.is_initialized():
+        return
+    try:
+        text = _first_failure(error, remedy)
+    except dist.DistError as gone:
+        # The store is in the first rank's process, unless the launcher holds it.
+        raise PeerFailedError(
+            f"the connection to rank 0 is gone: it was killed or ran out of memory. "
+            f"{remedy}"
+        ) from gone
+    if text is not None:
+        raise PeerFailedError(text) from error
+
+
+def _first_failure(error: Exception, remedy: str) -> str | None:
+    """The message of the rank that was first; None where it is this one."""
+    store = dist.distributed_c10d._get_default_store()
+    rank, size = dist.get_rank(), dist.get_world_size()
+    lost: list[int] = []
+    if not store.check([_FIRST]) and _is_of_connection(error):
+        lost = _silent_ranks(store, rank, size)
+    if store.check([_FIRST]):
+        return store.get(_FIRST).decode()
+    if lost:
+        ranks = ", ".join(map(str, lost))
+        text = (
+            f"rank {ranks} of {size} is lost: killed, out of memory, or still hanging "
+            f"{_ANSWER_SECONDS:.0f} s after rank {rank} gave up. Look at its output and"
+            f" at its machine. {remedy}"
+        )
+        store.set(_FIRST, text)
+        return text
+    store.set(
+        _FIRST, f"rank {rank} of {size} failed first: {type(error).__name__}: {error}"
+    )
+    return None
+
+
+def _is_of_connection(error: Exception) -> bool:
+    # gloo's errors are RuntimeErrors, as are those of autograd around them.
+    return isinstance(error, dist.DistError) or "gloo" in str(error)
+
+
+def _silent_ranks(store: Any, rank: int, size: int) -> list[int]:
+    """The ranks that do not come here within some seconds.
+
+    All of them do where a connection broke for no reason of theirs; where a rank had a
+    reason, it is soon in the store.
+    """
+    store.set(f"{_ANSWERS}.{rank}", "")
+    deadline = time.monotonic() + _ANSWER_SECONDS
+    silent = list(range(size))
+    while silent and time.monotonic() < deadline and not store.check([_FIRST]):
+        silent = [r for r in silent if not store.check([f"{_ANSWERS}.{r}"])]
+        time.sleep(0.05)
+    return silent
