@@ -106,8 +106,10 @@ def _first_failure(error: Exception, remedy: str) -> str | None:
 
 
 def _is_of_connection(error: Exception) -> bool:
-    # gloo's errors are RuntimeErrors, as are those of autograd around them.
-    return isinstance(error, dist.DistError) or "gloo" in str(error)
+    # gloo's errors are RuntimeErrors, as are those of autograd around them; most name
+    # a source file of its.
+    words = ("gloo", "pair closure")
+    return isinstance(error, dist.DistError) or any(w in str(error) for w in words)
 
 
 def _silent_ranks(store: Any, rank: int, size: int) -> list[int]:

@@ -243,7 +243,7 @@ def test_masked_samples_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     def check(*rows: dict[str, list[int]], order: Any = None) -> None:
         samples = Dataset.from_list(list(rows))
         samples = samples if order is None else samples.select(order)
-        namespace: Any = SimpleNamespace(train_dataset=samples)
+        namespace: Any = SimpleNamespace(train_dataset=samples, _is_stream=False)
         trainer_room.PSFTTrainer._check_supervised(namespace)
 
     check(supervised, supervised)

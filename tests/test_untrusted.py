@@ -99,7 +99,9 @@ def test_lengths_that_lie_are_an_error_of_ours(content: bytes, tmp_path: Path) -
     window = window_path(tmp_path, 0)
     window.write_bytes(content)
     with pytest.raises(WindowFileError, match=r"rank0\.safetensors: truncated, dam"):
-        load_window(tmp_path, global_step=1, rank=0, world_size=1, settings={})
+        load_window(
+            tmp_path, global_step=1, rank=0, world_size=1, settings={}, batching={}
+        )
     (tmp_path / "part-0.safetensors").write_bytes(content)
     with pytest.raises(InitialPolicyError, match=r"part-0\.safetensors: truncated,"):
         InitialPolicy(tmp_path, "id")
