@@ -756,10 +756,12 @@ class PSFTTrainer(AxolotlTrainer, _CorrectedLogs):  # type: ignore[misc]
             if ranks
             else f"the gradient norm ({norm})"
         )
+        # DeepSpeed updates the weights at the end of its backward pass.
+        weights = "" if self.is_deepspeed_enabled else "The weights were not updated. "
         raise NonFiniteLossError(
-            f"psft: {what} is not finite in optimizer step {step}. The weights were not"
-            " updated and earlier checkpoints are intact. Look at the data of this step"
-            " and lower learning_rate, or use bf16/fp32 instead of fp16."
+            f"psft: {what} is not finite in optimizer step {step}. {weights}Earlier "
+            "checkpoints are intact. Look at the data of this step and lower "
+            "learning_rate, or use bf16/fp32 instead of fp16."
         )
 
     # ---- Evaluation ----

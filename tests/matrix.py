@@ -349,6 +349,7 @@ TABLES: dict[str, tuple[str, dict[str, Config], str, dict[str, Config]]] = {
     "Data and method": ("method", METHODS, "data", DATA),
     "Option": ("option", OPTIONS, "parallel", PARALLEL),
     "Option and method": ("option", OPTIONS, "method", METHODS),
+    "Option and data": ("option", OPTIONS, "data", DATA),
 }
 
 
