@@ -5,6 +5,7 @@ that breaks the connections, the store of the process group is what is left.
 """
 
 import time
+import traceback
 from typing import Any
 
 from torch import distributed as dist
@@ -103,6 +104,20 @@ def _first_failure(error: Exception, remedy: str) -> str | None:
         _FIRST, f"rank {rank} of {size} failed first: {type(error).__name__}: {error}"
     )
     return None
+
+
+def is_of_data_worker(error: Exception) -> bool:
+    """Whether ``error`` says that a worker process of the data loader ended.
+
+    torch says so wherever the process was, or, where it was just about to take a
+    micro-batch, what came of that.
+    """
+    if "DataLoader worker" in str(error):
+        return True
+    frames = traceback.walk_tb(error.__traceback__)
+    modules = {str(frame.f_globals.get("__name__")) for frame, _ in frames}
+    taking = {"torch.utils.data.dataloader", "multiprocessing.connection"} <= modules
+    return taking and isinstance(error, (OSError, EOFError))
 
 
 def _is_of_connection(error: Exception) -> bool:

@@ -718,14 +718,13 @@ class PSFTTrainer(AxolotlTrainer, _CorrectedLogs):  # type: ignore[misc]
         """Raise the failure that ``error`` is the consequence of, if it is one."""
         output_dir = self._get_output_dir(trial=None)
         remedy = checkpoints.how_to_resume(output_dir, self._resumed_from)
-        # torch's words, raised wherever this process was when a worker ended.
-        if "DataLoader worker" not in str(error):
+        if not failures.is_of_data_worker(error):
             failures.name_first(error, remedy)
             return
         ended = DataWorkerError(
-            f"dataloader_num_workers: {self.args.dataloader_num_workers}: "
-            f"{str(error).rstrip('. ')}. Workers are killed where memory or /dev/shm "
-            f"runs out: use fewer of them if that was it. {remedy}"
+            f"dataloader_num_workers: {self.args.dataloader_num_workers}: one of them "
+            f"has ended ({type(error).__name__}: {error}). They are killed where memory"
+            f" or /dev/shm runs out: use fewer if that was it. {remedy}"
         )
         failures.name_first(ended, remedy)
         raise ended from error
