@@ -26,7 +26,7 @@ help:
 	@echo "make evidence        what PSFT does to earlier skills, entropy and RL (90 minutes)"
 	@echo "make evidence-quick  the same with one seed and fewer updates (10 minutes)"
 	@echo "make test            install, lint, type-check and test (about 20 minutes)"
-	@echo "make soak            kill, starve and damage runs at random moments (MINUTES minutes)"
+	@echo "make soak            kill, starve and damage runs at random moments (about half an hour)"
 	@echo "make lint            ruff and mypy only"
 	@echo "make clean           remove outputs/ and .venv/"
 
@@ -78,10 +78,11 @@ lint: $(STAMP)
 	$(BIN)/mypy
 
 test: $(STAMP) lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 soak: $(STAMP)
 	$(BIN)/python -m pytest --soak tests/test_faults.py tests/distributed/test_faults.py
+	$(BIN)/python -m pytest --soak -m soak tests/distributed/test_matrix.py
 
 clean:
 	rm -rf outputs .venv
