@@ -14,6 +14,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from axolotl_psft import failures
+
 # transformers' names; its trainer, which has them, takes seconds to import.
 _STATE = "trainer_state.json"
 _PREFIX = "checkpoint"
@@ -34,7 +36,8 @@ class CheckpointError(RuntimeError):
 class FirstError:
     """The first exception of several pieces of work, of which all must be gone through.
 
-    A rank that fails alone cannot leave at once: the others would wait for it.
+    A rank that fails alone cannot leave at once: the others would wait for it. Where
+    another rank is lost there is nothing more to go through.
     """
 
     error: Exception | None = None
@@ -47,6 +50,8 @@ class FirstError:
         except CheckpointError:
             raise
         except Exception as error:
+            if failures.is_of_connection(error):
+                raise
             self.error = self.error or error
 
     def describe(self) -> str | None:

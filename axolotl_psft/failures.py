@@ -87,7 +87,7 @@ def _first_failure(error: Exception, remedy: str) -> str | None:
     store = dist.distributed_c10d._get_default_store()
     rank, size = dist.get_rank(), dist.get_world_size()
     lost: list[int] = []
-    if not store.check([_FIRST]) and _is_of_connection(error):
+    if not store.check([_FIRST]) and is_of_connection(error):
         lost = _silent_ranks(store, rank, size)
     if store.check([_FIRST]):
         return store.get(_FIRST).decode()
@@ -120,10 +120,11 @@ def is_of_data_worker(error: Exception) -> bool:
     return taking and isinstance(error, (OSError, EOFError))
 
 
-def _is_of_connection(error: Exception) -> bool:
+def is_of_connection(error: Exception) -> bool:
+    """Whether ``error`` says that a collective failed: another rank has the reason."""
     # gloo's errors are RuntimeErrors, as are those of autograd around them; most name
     # a source file of its.
-    words = ("gloo", "pair closure")
+    words = ("gloo", "caused pair closure")
     return isinstance(error, dist.DistError) or any(w in str(error) for w in words)
 
 
