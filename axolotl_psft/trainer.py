@@ -181,7 +181,6 @@ class PSFTTrainer(AxolotlTrainer, _CorrectedLogs):  # type: ignore[misc]
             max_steps, train_dataloader, resume_from_checkpoint
         )
         self._reset_run_state()
-        self._check_supervised()
         warmup = self.psft.sft_warmup_steps
         if self.psft.objective == "psft" and warmup >= max_steps:
             LOG.warning(
@@ -702,6 +701,7 @@ class PSFTTrainer(AxolotlTrainer, _CorrectedLogs):  # type: ignore[misc]
         is_path = isinstance(resume, (str, os.PathLike))
         self._resumed_from = Path(resume) if is_path else None  # type: ignore[arg-type]
         self._resumed_window = None
+        self._check_supervised()
         self._settings = self._read_settings()
         self._read_checkpoint(self._resumed_from)
         self._initial_policy = None

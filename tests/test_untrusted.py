@@ -140,7 +140,9 @@ def test_code_in_a_data_set_is_text(tiny: Path, tmp_path: Path) -> None:
     row = '{"instruction": "{{ %s }} {%% %s %%} !!python/object w1", "output": "w2 w3"}'
     data = tmp_path / "train.jsonl"
     data.write_text((row % (bomb, bomb) + "\n") * 16)
-    run(config(tiny, tmp_path, datasets=[{"path": str(data), "type": PROMPT}]))
+    # Long enough for any path of the marker.
+    datasets = [{"path": str(data), "type": PROMPT}]
+    run(config(tiny, tmp_path, datasets=datasets, sequence_len=512, max_steps=2))
     assert not marker.exists()
 
 
