@@ -63,9 +63,12 @@ def test_windows_start_anew_with_the_weights_of_that_time(
     with monkeypatch.context() as patched:
         Failure(patched, tmp_path / "model")
         # The third of four steps: old log-probs of the first attempt are still there.
-        restarted = run(config(tiny, tmp_path / "restarted", **OPTIONS))
+        # Prepared here: what other tests have left is shuffled.
+        prepared = {"dataset_prepared_path": str(tmp_path / "prepared")}
+        restarted = run(config(tiny, tmp_path / "restarted", **OPTIONS, **prepared))
     assert restarted._train_batch_size == 3
-    fresh = {**OPTIONS, "auto_find_batch_size": None, "micro_batch_size": 3}
+    fresh = {**OPTIONS, **prepared, "auto_find_batch_size": None}
+    fresh["micro_batch_size"] = 3
     base_model = str(tmp_path / "model")
     expected = run(config(tiny, tmp_path / "fresh", base_model=base_model, **fresh))
     for name in ("psft/ratio_mean", "psft/nll", "psft/clip_frac", "grad_norm"):
