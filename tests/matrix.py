@@ -209,7 +209,7 @@ class Cell:
     def _learning_rate(self, is_adaptive: bool) -> float:
         """One that moves the policy beyond the clip's bound within a window."""
         if self.method == "ReLoRA":
-            return 1e-2  # after a restart, Adam's steps are large
+            return 5e-3  # after a restart, Adam's steps are large
         if self.method == "full":
             bf16_or_not = 0.05 if self.option == "bf16" else 0.5
             return 1e-3 if is_adaptive else bf16_or_not

@@ -136,7 +136,8 @@ def check_objective(logs: Logs, cell: Cell) -> None:
         # Scoring and training compute the same log-probs, in any precision.
         assert ratio_max[1] == pytest.approx(1, abs=1e-5)
     assert ratio_max[2] > 1.001
-    assert max(logs["psft/clip_frac"]) > 0
+    # ReLoRA's rate is kept low for the steps after its restart.
+    assert max(logs["psft/clip_frac"]) > 0 or cell.method == "ReLoRA"
 
 
 @pytest.fixture(scope="module")
