@@ -113,7 +113,10 @@ def check(ranks: Ranks, alone: Any, name: str) -> None:
     assert clip_frac.max() > 0.1 or (loss - nll).max() > 0.01
     assert_close(torch.tensor(ranks[name]), torch.tensor(expected), **CLOSE)
     ours = ranks.output / name / "run"
-    assert_close(weights(ours), weights(folder), **CLOSE)
+    # Adam divides by gradients as small as their rounding: of a key's bias, which
+    # softmax nearly ignores, some are 5e-9, others 1e-1. A hundredth of a step.
+    limits = {**CLOSE, "atol": 1e-5} if name.endswith("adam") else CLOSE
+    assert_close(weights(ours), weights(folder), **limits)
     # Replicas see the same gradients, to the last bit.
     digests = [rank[f"{name}: replicas"] for rank in ranks.ranks]
     assert digests[0]
