@@ -47,3 +47,13 @@ def without_compiler() -> None:
     import torch
 
     torch.compiler.set_stance("force_eager")
+
+
+def distributed_muon() -> None:
+    """One process with the Muon that Axolotl has for several: it is another one.
+
+    Other coefficients, momentum and scale of the update than the single-process one.
+    """
+    from axolotl.contribs.mit import muon
+
+    muon.MuonOptimizerFactory = muon.DistMuonOptimizerFactory

@@ -30,7 +30,7 @@ from tests.matrix import (
     refusal,
     write_data,
 )
-from tests.tiny import config, load, run, train_logs
+from tests.tiny import column, config, load, run
 
 Logs = dict[str, list[float]]
 
@@ -67,24 +67,36 @@ def prepare(cell: Cell) -> None:
 
 
 def logs_of(trainer: Any, metrics: list[str] = METRICS) -> Logs:
-    entries = train_logs(trainer)
-    return {name: [entry[name] for entry in entries] for name in metrics}
+    return {name: column(trainer, name) for name in metrics}
 
 
-def run_cell(folder: Path, output: Path, cell: Cell, **overrides: Any) -> Any:
+def run_cell(
+    folder: Path, output: Path, cell: Cell, overrides: Config | None = None
+) -> Any:
     """The cell's logs, and what accelerate took it for."""
     prepare(cell)
-    options = {**cell.config(folder), **overrides}
+    options = {**cell.config(folder), **(overrides or {})}
     trainer = run(config(folder, output, **options))
     return logs_of(trainer), trainer.accelerator.distributed_type.value
 
 
+def run_reference(folder: Path, output: Path, cell: Cell, overrides: Config) -> Logs:
+    """The logs of one process that does what several do."""
+    cpu_ranks.distributed_muon()
+    logs, _ = run_cell(folder, output, cell, overrides)
+    return logs
+
+
 def run_sft(
-    folder: Path, output: Path, cell: Cell, stock: bool, **overrides: Any
+    folder: Path,
+    output: Path,
+    cell: Cell,
+    stock: bool,
+    overrides: Config | None = None,
 ) -> Logs:
     """The cell as PSFT that is SFT, or as Axolotl without this plugin."""
     prepare(cell)
-    options = {**cell.config(folder), **overrides}
+    options = {**cell.config(folder), **(overrides or {})}
     options["psft"] = {**PSFT, "refresh_steps": 1}
     if options.get("sample_packing") and not options.get("streaming"):
         # Packed, Axolotl shuffles by the state of the global generator.
@@ -104,12 +116,13 @@ def tolerance(cell: Cell) -> dict[str, float]:
         # are clipped or not, and their gradients come and go.
         return {"rtol": 0.05, "atol": 0.05}
     if cell.option == "Muon":
-        # Orthogonalized in bf16, by other code on one process than on several.
-        return {"rtol": 0.02, "atol": 0.01}
+        # Takes gradients in bf16: a last bit of float32 can be one of eight there.
+        return {"rtol": 0.01, "atol": 0.002}
     if cell.option.startswith("8-bit") and cell.parallel not in ("one process", "DDP"):
         # A shard is rounded in other blocks than the whole.
         return {"rtol": 0.01, "atol": 0.005}
-    if "Adam" in cell.option or cell.method == "ReLoRA" or "Ada" in cell.option:
+    is_adaptive = "Ada" in cell.option or cell.option == "schedule-free"
+    if is_adaptive or cell.method == "ReLoRA":
         # Divides by the root of gradients that may be all rounding.
         return {"rtol": 1e-4, "atol": 1e-4}
     return {"rtol": 5e-6, "atol": 2e-6}
@@ -157,14 +170,21 @@ def one_process(
         if (cell, accumulation) not in made:
             output = tmp_path_factory.mktemp("one")
             steps = {"gradient_accumulation_steps": accumulation}
-            made[cell, accumulation], _ = run_alone(_run, folder, output, cell, steps)
+            job = (run_reference, folder, output, cell, steps)
+            made[cell, accumulation] = run_alone(*job)
         return made[cell, accumulation]
 
     return result
 
 
-def _run(folder: Path, output: Path, cell: Cell, overrides: Config) -> Any:
-    return run_cell(folder, output, cell, **overrides)
+def in_processes(
+    func: Callable[..., Any], folder: Path, output: Path, cell: Cell, *args: Any
+) -> list[Any]:
+    """The results of ``func`` in as many processes as the cell has ranks."""
+    job = (folder, output, cell, *args)
+    if cell.num_ranks is None:
+        return [run_alone(func, *job, timeout=180)]
+    return run_distributed(func, cell.num_ranks, *job, timeout=180)
 
 
 def ids(cell: Cell) -> str:
@@ -178,8 +198,7 @@ def test_two_ranks_equal_one_process(
     # Data-parallel ranks share a step's micro-batches, those of a group have all.
     accumulation = 1 if cell.parallel == "tensor parallel" else 2
     expected = one_process(cell, accumulation)
-    job = (run_cell, cell.num_ranks, folder, tmp_path, cell)
-    for logs, distributed_type in run_distributed(*job, timeout=180):
+    for logs, distributed_type in in_processes(run_cell, folder, tmp_path, cell):
         assert distributed_type == WRAPPED_IN[cell.parallel]
         check_objective(logs, cell)
         check_close(logs, expected, cell)
@@ -223,17 +242,11 @@ def test_optimizer_equals_stock_axolotl(
 ) -> None:
     # Without its compiler, as 8-bit AdamW of the tables.
     cell = Cell(option="8-bit AdamW, torchao")
-    job = (run_optimizer, folder)
-    ours = run_alone(*job, tmp_path / "sft", cell, name, False)
-    stock = run_alone(*job, tmp_path / "stock", cell, name, True)
+    optimizer = {"optimizer": name}
+    ours = run_alone(run_sft, folder, tmp_path / "sft", cell, False, optimizer)
+    stock = run_alone(run_sft, folder, tmp_path / "stock", cell, True, optimizer)
     assert ours["grad_norm"][0] != ours["grad_norm"][-1]
     check_close(ours, stock, cell)
-
-
-def run_optimizer(
-    folder: Path, output: Path, cell: Cell, name: str, stock: bool
-) -> Logs:
-    return run_sft(folder, output, cell, stock, optimizer=name)
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS_REFUSED)
@@ -265,26 +278,20 @@ RESUMED = [
 @pytest.mark.parametrize("cell", dict.fromkeys(RESUMED), ids=ids)
 def test_resumes_to_the_last_bit(folder: Path, tmp_path: Path, cell: Cell) -> None:
     saves = {"save_strategy": None, "save_steps": 4}
-    whole = _in_processes(folder, tmp_path / "whole", cell, saves)
+    (whole, _), *_ = in_processes(run_cell, folder, tmp_path / "whole", cell, saves)
     checkpoint = str(tmp_path / "whole" / "run" / "checkpoint-4")
     resume = {"resume_from_checkpoint": checkpoint}
     # The log of a resumed run begins with that of the first steps.
-    assert _in_processes(folder, tmp_path / "resumed", cell, resume) == whole
-
-
-def _in_processes(folder: Path, output: Path, cell: Cell, overrides: Config) -> Logs:
-    job = (folder, output, cell, overrides)
-    if cell.num_ranks is None:
-        return run_alone(_run, *job)[0]
-    return run_distributed(_run, cell.num_ranks, *job, timeout=180)[0][0]
+    job = (folder, tmp_path / "resumed", cell, resume)
+    (resumed, _), *_ = in_processes(run_cell, *job)
+    assert resumed == whole
 
 
 @pytest.mark.parametrize("parallel", ["FSDP2", "ZeRO-2", "ZeRO-3"])
 def test_a_nan_on_one_rank_of_a_sharded_run_is_named(
     folder: Path, tmp_path: Path, parallel: str
 ) -> None:
-    cell = Cell(parallel)
-    for message in run_distributed(poisoned, 2, folder, tmp_path, cell, timeout=180):
+    for message in in_processes(poisoned, folder, tmp_path, Cell(parallel)):
         assert "the loss of rank 1 is not finite in optimizer step 3." in message
         updated = "The weights were not updated" not in message
         assert updated == parallel.startswith("ZeRO")
@@ -316,22 +323,22 @@ def test_a_stream_ends_and_begins_again(
     cell = Cell(data=data)
     size = {"gradient_accumulation_steps": 5, "max_steps": 40}
     saves = {"save_strategy": None, "save_steps": 1, "save_total_limit": 50}
-    logs, _ = run_alone(_run, folder, tmp_path, cell, {**size, **saves})
+    logs, _ = run_alone(run_cell, folder, tmp_path, cell, {**size, **saves})
     # Leftovers of the first pass would count twice: a loss of -2, a gradient of two.
     loss, ratio = torch.tensor(logs["loss"]), torch.tensor(logs["psft/ratio_max"])
     assert len(loss) == 40
     assert_close(loss[ratio == 1], torch.full_like(loss[ratio == 1], -1.0))
     resume = {"resume_from_checkpoint": str(tmp_path / "run" / "checkpoint-39")}
     with pytest.raises(RuntimeError, match=r"lies in pass \d over a stream"):
-        run_alone(_run, folder, tmp_path / "again", cell, {**size, **resume})
+        run_alone(run_cell, folder, tmp_path / "again", cell, {**size, **resume})
 
 
 def test_relora_is_not_resumed_after_a_restart(folder: Path, tmp_path: Path) -> None:
     cell, saves = Cell(method="ReLoRA"), {"save_strategy": None, "save_steps": 1}
-    run_alone(_run, folder, tmp_path, cell, {**saves, "save_total_limit": 9})
+    run_alone(run_cell, folder, tmp_path, cell, {**saves, "save_total_limit": 9})
     resume = {"resume_from_checkpoint": str(tmp_path / "run" / "checkpoint-3")}
     with pytest.raises(RuntimeError, match="step 3 comes after a ReLoRA restart"):
-        run_alone(_run, folder, tmp_path / "again", cell, resume)
+        run_alone(run_cell, folder, tmp_path / "again", cell, resume)
 
 
 @pytest.mark.parametrize("cell", [c for c in CELLS if refusal(c)], ids=ids)
@@ -350,13 +357,8 @@ def test_what_cannot_be_right_is_refused(
     "cell", [c for c in CELLS if not refusal(c) and needs_gpu(c)], ids=ids
 )
 def test_what_needs_a_gpu_is_valid(folder: Path, tmp_path: Path, cell: Cell) -> None:
-    job = (validated_window, folder, tmp_path, cell)
-    if cell.num_ranks is None:
-        assert run_alone(*job) == PSFT["refresh_steps"]
-    else:
-        func, *args = job
-        steps = run_distributed(func, cell.num_ranks, *args)
-        assert steps == [PSFT["refresh_steps"]] * cell.num_ranks
+    steps = in_processes(validated_window, folder, tmp_path, cell)
+    assert steps == [PSFT["refresh_steps"]] * (cell.num_ranks or 1)
 
 
 def validated_window(folder: Path, output: Path, cell: Cell) -> int:
