@@ -54,12 +54,6 @@ class FirstError:
                 raise
             self.error = self.error or error
 
-    def describe(self) -> str | None:
-        """Its type and message."""
-        if self.error is None:
-            return None
-        return f"{type(self.error).__name__}: {self.error}"
-
 
 def begin(checkpoint: Path) -> None:
     """Remove what an earlier run left under this name.

@@ -367,11 +367,9 @@ def _check_stream(cfg: Mapping[str, Any]) -> None:
 
 
 def _objective(cfg: Mapping[str, Any]) -> str:
-    # Before validation a mapping of the user's, after it a PSFTConfig.
-    block = cfg["psft"]
-    if isinstance(block, Mapping):
-        return str(block.get("objective", "psft"))
-    return getattr(block, "objective", "psft")
+    # A block that is none has an error of its own.
+    block = cfg.get("psft")
+    return block.get("objective", "psft") if isinstance(block, Mapping) else "psft"
 
 
 def _check_optimizer(cfg: Mapping[str, Any]) -> None:
@@ -450,7 +448,7 @@ def _refuse(key: str, value: Any, why: str, *, other: str = "a psft block") -> N
 
 def combination_warnings(cfg: Mapping[str, Any]) -> list[str]:
     """Settings elsewhere in the YAML that psft makes ineffective or noisy."""
-    objective = (cfg.get("psft") or {}).get("objective", "psft")
+    objective = _objective(cfg)
     warnings = []
     if objective == "psft" and cfg.get("loss_watchdog_threshold") is not None:
         warnings.append(

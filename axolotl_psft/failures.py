@@ -34,6 +34,11 @@ def gather(value: Any) -> list[Any]:
     return values
 
 
+def describe(error: BaseException | None) -> str | None:
+    """An error's type and message, as another rank shows it."""
+    return None if error is None else f"{type(error).__name__}: {error}"
+
+
 def described(errors: list[str | None]) -> list[str]:
     """The failures among every rank's description, each with its rank."""
     if len(errors) == 1:
@@ -47,8 +52,7 @@ def raise_together(error: Exception | None) -> None:
     Raises:
         PeerFailedError: on ranks without an error, with that of the others.
     """
-    mine = error and f"{type(error).__name__}: {error}"
-    failures = described(gather(mine))
+    failures = described(gather(describe(error)))
     if error is not None:
         raise error
     if failures:
@@ -100,9 +104,7 @@ def _first_failure(error: Exception, remedy: str) -> str | None:
         )
         store.set(_FIRST, text)
         return text
-    store.set(
-        _FIRST, f"rank {rank} of {size} failed first: {type(error).__name__}: {error}"
-    )
+    store.set(_FIRST, f"rank {rank} of {size} failed first: {describe(error)}")
     return None
 
 

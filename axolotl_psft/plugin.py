@@ -91,8 +91,8 @@ class PSFTPlugin(BasePlugin):
 
     def _report_left_out(self, cfg: Any, trainer: Any) -> None:
         """Say how many rows are no samples: Axolotl drops them without a word."""
-        if not hasattr(trainer.train_dataset, "__len__"):
-            return  # A stream is not counted.
+        if trainer.is_stream:
+            return
         num_samples = len(trainer.train_dataset)
         if cfg.val_set_size and trainer.eval_dataset is not None:
             num_samples += len(trainer.eval_dataset)

@@ -96,9 +96,9 @@ def data(dataset: Any) -> dict[str, Any]:
     Args:
         dataset: with ``input_ids`` and ``labels``; of a stream nothing is known.
     """
-    num = len(dataset) if hasattr(dataset, "__len__") else 0
-    if not num:
+    if not hasattr(dataset, "__len__"):
         return {}
+    num = len(dataset)
     spread = np.unique(np.linspace(0, num - 1, _NUM_ROWS).astype(int)).tolist()
     rows = (dataset[index] for index in spread)
     contents = (

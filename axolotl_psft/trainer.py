@@ -127,7 +127,7 @@ class PSFTTrainer(AxolotlTrainer, _CorrectedLogs):  # type: ignore[misc]
         self._reset_run_state()
 
     @property
-    def _is_stream(self) -> bool:
+    def is_stream(self) -> bool:
         """Whether the training data is read on the way and its size not known."""
         return not has_length(self.train_dataset)
 
@@ -200,7 +200,7 @@ class PSFTTrainer(AxolotlTrainer, _CorrectedLogs):  # type: ignore[misc]
 
     def _check_supervised(self) -> None:
         samples: Any = self.train_dataset
-        if self._is_stream:
+        if self.is_stream:
             return
         num_masked = _num_masked(samples)
         remedy = "Check train_on_inputs, roles_to_train and the chat template or prompt"
@@ -219,7 +219,7 @@ class PSFTTrainer(AxolotlTrainer, _CorrectedLogs):  # type: ignore[misc]
     def _check_can_resume(self) -> None:
         args: Any = self.args
         step, epoch = self.state.global_step, self.state.epoch or 0.0
-        if self._is_stream and epoch >= 1:
+        if self.is_stream and epoch >= 1:
             raise ValueError(
                 f"resume_from_checkpoint: step {step} lies in pass {int(epoch) + 1} "
                 "over a stream, where it can only be found again in the first. Resume "
@@ -351,7 +351,9 @@ class PSFTTrainer(AxolotlTrainer, _CorrectedLogs):  # type: ignore[misc]
     def _stop_if_not_written(self, folder: Path) -> None:
         """Raise on every rank where any rank has failed to write. One collective."""
         assert self._saving is not None
-        failed = failures.described(failures.gather(self._saving.describe()))
+        failed = failures.described(
+            failures.gather(failures.describe(self._saving.error))
+        )
         if not failed:
             return
         error = checkpoints.not_written(folder, failed, self._resumed_from)
@@ -444,7 +446,7 @@ class PSFTTrainer(AxolotlTrainer, _CorrectedLogs):  # type: ignore[misc]
         a stream ends: their gradients would be added to the next pass's first step.
         """
         size = self.args.gradient_accumulation_steps
-        if self._is_stream and steps and len(steps[-1].batches) < size:
+        if self.is_stream and steps and len(steps[-1].batches) < size:
             left_out = len(steps.pop().batches)
             LOG.info(
                 f"psft: {left_out} micro-batches at the end of the stream do not fill "
@@ -598,12 +600,15 @@ class PSFTTrainer(AxolotlTrainer, _CorrectedLogs):  # type: ignore[misc]
         # for the price of once.
         if self._takes_lengths and "cu_seq_lens_q" not in inputs:
             inputs.update(attention_lengths(inputs["position_ids"]))
-        prepared = super()._prepare_inputs(inputs)
-        if "old_logprobs" in inputs:
-            # With DeepSpeed the Trainer casts what floats to the dtype of the weights.
-            old_logprobs = inputs["old_logprobs"].to(self.args.device)
-            prepared["old_logprobs"] = old_logprobs
-        return prepared
+        # Kept from the rest of the way to the loss: the Trainer (with DeepSpeed) and
+        # FSDP2 cast what floats to the dtype of the weights, and the ratio of two
+        # policies a step apart is lost in 16 bits.
+        others = dict(inputs)
+        old_logprobs = others.pop("old_logprobs", None)
+        if old_logprobs is not None:
+            old_logprobs = old_logprobs.to(self.args.device)
+        self._old_logprobs = old_logprobs
+        return super()._prepare_inputs(others)
 
     def compute_loss(
         self,
@@ -616,19 +621,15 @@ class PSFTTrainer(AxolotlTrainer, _CorrectedLogs):  # type: ignore[misc]
 
         Args:
             model: the wrapped model.
-            inputs: ``input_ids`` and ``labels`` [B, S], ``position_ids`` [B, S] where
-                packed, ``old_logprobs`` [B, S] except in a window's first step (with
-                the objective ``sft_kl`` always, and the initial policy's).
+            inputs: what ``_prepare_inputs`` has made of a micro-batch, just now:
+                ``input_ids`` and ``labels`` [B, S], ``position_ids`` [B, S] where
+                packed.
             return_outputs: also return the :class:`TokenLogprobsOutput`.
             num_items_in_batch: active tokens of the optimizer step, over all ranks.
         """
-        inputs = {**inputs, "logprob_targets": _targets(inputs)}
-        # Not through the model: FSDP2 casts its inputs to the dtype of the weights, and
-        # the ratio of two policies a step apart is lost in 16 bits.
-        self._old_logprobs = inputs.pop("old_logprobs", None)
         return super().compute_loss(
             model,
-            inputs,
+            {**inputs, "logprob_targets": _targets(inputs)},
             return_outputs=return_outputs,
             num_items_in_batch=num_items_in_batch,
         )
@@ -723,8 +724,8 @@ class PSFTTrainer(AxolotlTrainer, _CorrectedLogs):  # type: ignore[misc]
             return
         ended = DataWorkerError(
             f"dataloader_num_workers: {self.args.dataloader_num_workers}: one of them "
-            f"has ended ({type(error).__name__}: {error}). They are killed where memory"
-            f" or /dev/shm runs out: use fewer if that was it. {remedy}"
+            f"has ended ({failures.describe(error)}). They are killed where memory or "
+            f"/dev/shm runs out: use fewer if that was it. {remedy}"
         )
         failures.name_first(ended, remedy)
         raise ended from error

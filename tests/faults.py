@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from tests.distributed.launch import Processes
-from tests.tiny import config, run, train_logs, write_dataset, write_model
+from tests.tiny import config, run, stateful, train_logs, write_dataset, write_model
 
 NUM_STEPS = 14
 PHASES = {
@@ -40,17 +40,10 @@ def disturbed_config(
     files: Path, output: Path, packed: bool, **overrides: Any
 ) -> dict[str, Any]:
     """14 steps that save after each, and go on where the last one was saved."""
-    options = {
-        "psft": {"epsilon_high": 0.05, "refresh_steps": 4, "sft_warmup_steps": 1},
-        "optimizer": "adamw_torch",
-        "learning_rate": 0.01,
-        "sample_packing": packed,
-        "micro_batch_size": 1 if packed else 4,
-        "gradient_accumulation_steps": 2,
-        "num_epochs": 10,
+    options = stateful(packed)
+    options["psft"]["epsilon_high"] = 0.05
+    options |= {
         "max_steps": NUM_STEPS,
-        "save_strategy": None,
-        "save_steps": 1,
         "save_total_limit": 3,
         "auto_resume_from_checkpoints": True,
     }

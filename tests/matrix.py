@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.tiny import PROMPT, write_dataset, write_model
+from tests.tiny import PROMPT, write_dataset, write_model, write_rows
 
 Config = dict[str, Any]
 
@@ -430,10 +430,10 @@ def write_data(folder: Path) -> Path:
     write_dataset(folder / "train.jsonl", num_samples=256, seed=0)
     rows = [json.loads(line) for line in (folder / "train.jsonl").open()]
     texts = [{"text": f"{row['instruction']} {row['output']}"} for row in rows]
-    _write_rows(folder / "text.jsonl", texts)
+    write_rows(folder / "text.jsonl", texts)
     pairs = zip(rows[::2], rows[1::2], strict=True)
     chats = [{"messages": _chat(i, *pair)} for i, pair in enumerate(pairs)]
-    _write_rows(folder / "chat.jsonl", chats * 2)
+    write_rows(folder / "chat.jsonl", chats * 2)
     return folder
 
 
@@ -445,10 +445,6 @@ def _chat(index: int, first: Config, second: Config) -> list[Config]:
         {"role": "user", "content": second["instruction"]},
         {"role": "assistant", "content": second["output"], "train": index % 2 == 0},
     ]
-
-
-def _write_rows(path: Path, rows: list[Config]) -> None:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 README = Path(__file__).parent.parent / "README.md"

@@ -15,7 +15,7 @@ from datasets import Dataset
 from axolotl_psft import plugin
 from axolotl_psft import trainer as trainer_room
 from axolotl_psft.data_files import DataFileError
-from tests.tiny import PROMPT, column, config, eval_data, run, train_logs
+from tests.tiny import PROMPT, column, config, eval_data, run, train_logs, write_rows
 
 LONG = "w1 " * 90
 
@@ -214,8 +214,7 @@ def test_nothing_to_train_on_is_an_error(tiny: Path, tmp_path: Path) -> None:
         {"messages": [{"role": "user", "content": "w1 w2"}]},
         {"messages": [{"role": "user", "content": "w3"}]},
     ]
-    path = tmp_path / "chat.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in chat * 16))
+    path = write_rows(tmp_path / "chat.jsonl", chat * 16)
     entry = {
         "path": str(path),
         "type": "chat_template",
@@ -243,7 +242,7 @@ def test_masked_samples_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     def check(*rows: dict[str, list[int]], order: Any = None) -> None:
         samples = Dataset.from_list(list(rows))
         samples = samples if order is None else samples.select(order)
-        namespace: Any = SimpleNamespace(train_dataset=samples, _is_stream=False)
+        namespace: Any = SimpleNamespace(train_dataset=samples, is_stream=False)
         trainer_room.PSFTTrainer._check_supervised(namespace)
 
     check(supervised, supervised)

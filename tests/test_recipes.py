@@ -17,7 +17,7 @@ import pytest
 
 from tests.test_example_scripts import script
 from tests.test_examples import GPU_ONLY, GRPO, recipe
-from tests.tiny import column, load, run, train_logs, write_model
+from tests.tiny import column, load, run, train_logs, write_model, write_rows
 
 ROOT = Path(__file__).parent.parent
 DATA = ROOT.parent / "shared" / "data"
@@ -78,7 +78,7 @@ def samples(path: str) -> list[Row]:
 
 def write(path: Path, rows: list[Row]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(path, rows)
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,15 @@ from typing import Any
 import pytest
 
 from axolotl_psft.old_policy import WindowFileError, window_path
-from tests.tiny import config, run, train_logs, write_dataset, write_model
+from tests.tiny import (
+    config,
+    run,
+    stateful,
+    steps_after,
+    train_logs,
+    write_dataset,
+    write_model,
+)
 
 BITWISE = ["loss", "grad_norm"]
 BITWISE += [f"psft/{n}" for n in ("nll", "clip_frac", "approx_kl", "old_policy_age")]
@@ -26,28 +34,12 @@ def noisy(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def options(packed: bool, **overrides: Any) -> dict[str, Any]:
-    return {
-        "psft": {"epsilon_high": 0.28, "refresh_steps": 4, "sft_warmup_steps": 1},
-        "optimizer": "adamw_torch",
-        "learning_rate": 0.01,
-        "sample_packing": packed,
-        "micro_batch_size": 1 if packed else 4,
-        "gradient_accumulation_steps": 2,
-        "num_epochs": 10,
-        "max_steps": 18,
-        "save_strategy": None,
-        "save_steps": 1,
-        "save_total_limit": 100,
-        **overrides,
-    }
+    lengths = {"max_steps": 18, "save_total_limit": 100}
+    return {**stateful(packed), **lengths, **overrides}
 
 
 def bits(trainer: Any, first_step: int) -> list[list[float]]:
-    return [
-        [entry[key] for key in BITWISE]
-        for entry in train_logs(trainer)
-        if entry["step"] > first_step
-    ]
+    return steps_after(trainer, first_step, BITWISE)
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["unpacked", "packed"])

@@ -94,6 +94,11 @@ def write_dataset(path: Path, num_samples: int, seed: int) -> Path:
             for i in range(rng.randint(1, 9))
         ]
         rows.append({"instruction": " ".join(prompt), "output": " ".join(answer)})
+    return write_rows(path, rows)
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
+    """A data file with an object a line."""
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
@@ -145,6 +150,24 @@ def config(tiny: Path, output: Path, **overrides: Any) -> dict[str, Any]:
     return {key: value for key, value in cfg.items() if value is not None}
 
 
+def stateful(packed: bool) -> dict[str, Any]:
+    """The configuration's part of a run in which all takes part that has a state.
+
+    Adam, warm-up, accumulation, windows of four steps, several epochs; saved each step.
+    """
+    return {
+        "psft": {"epsilon_high": 0.28, "refresh_steps": 4, "sft_warmup_steps": 1},
+        "optimizer": "adamw_torch",
+        "learning_rate": 0.01,
+        "sample_packing": packed,
+        "micro_batch_size": 1 if packed else 4,
+        "gradient_accumulation_steps": 2,
+        "num_epochs": 10,
+        "save_strategy": None,
+        "save_steps": 1,
+    }
+
+
 def train_logs(trainer: Any) -> list[dict[str, float]]:
     """The log entries of training steps."""
     return [entry for entry in trainer.state.log_history if "loss" in entry]
@@ -153,3 +176,12 @@ def train_logs(trainer: Any) -> list[dict[str, float]]:
 def column(trainer: Any, key: str) -> list[float]:
     """One metric over the training steps."""
     return [entry[key] for entry in train_logs(trainer)]
+
+
+def steps_after(trainer: Any, step: int, keys: list[str]) -> list[list[float]]:
+    """Some metrics of each training step after ``step``, a list for each."""
+    return [
+        [entry[key] for key in keys]
+        for entry in train_logs(trainer)
+        if entry["step"] > step
+    ]

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.distributed.launch import keep_process_group
-from tests.tiny import config, eval_data, run, train_logs
+from tests.tiny import config, eval_data, run, steps_after, train_logs
 
 METRICS = ["loss", "grad_norm", "psft/nll", "psft/clip_frac", "psft/ratio_max"]
 SAVE = {"save_strategy": None, "save_steps": 1, "save_total_limit": 100}
@@ -20,11 +20,7 @@ PACKED = {
 
 
 def logs(trainer: Any, first_step: int = 0) -> list[list[float]]:
-    return [
-        [entry[key] for key in METRICS]
-        for entry in train_logs(trainer)
-        if entry["step"] > first_step
-    ]
+    return steps_after(trainer, first_step, METRICS)
 
 
 def main(tiny: Path, output: Path) -> dict[str, Any]:

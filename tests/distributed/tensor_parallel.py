@@ -8,7 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from tests.distributed.launch import keep_process_group
-from tests.tiny import config, eval_data, run, train_logs, write_dataset, write_model
+from tests.tiny import (
+    config,
+    eval_data,
+    run,
+    steps_after,
+    train_logs,
+    write_dataset,
+    write_model,
+)
 
 METRICS = ["loss", "grad_norm", "psft/nll", "psft/clip_frac", "psft/entropy"]
 PACKED = {"sample_packing": True, "micro_batch_size": 1}
@@ -110,11 +118,7 @@ def tp_config(models: Path, output: Path, tp_size: int, **overrides: Any) -> Any
 
 
 def logs(trainer: Any, first_step: int = 0) -> list[list[float]]:
-    return [
-        [entry[key] for key in METRICS]
-        for entry in train_logs(trainer)
-        if entry["step"] > first_step
-    ]
+    return steps_after(trainer, first_step, METRICS)
 
 
 def main(models: Path, output: Path, tp_size: int, names: list[str]) -> dict[str, Any]:

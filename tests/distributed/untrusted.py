@@ -37,10 +37,7 @@ PATTERNS = {
 def bombed(models: Path, output: Path, tp_size: int) -> dict[str, Any]:
     """Of each kind of file: how many it is, the error, and whether a bomb went off."""
     keep_process_group()
-    options: dict[str, Any] = {"psft": {"objective": "sft_kl"}, "num_epochs": 1}
-    # With moments, where they can be resumed: the Trainer asks torch for a device
-    # "cpu:0" where several ranks share a CPU.
-    options |= ADAM if tp_size > 1 else {}
+    options: dict[str, Any] = {"psft": {"objective": "sft_kl"}, "num_epochs": 1, **ADAM}
     trusted = output / "trusted" / "run"
     run(tp_config(models, trusted.parent, tp_size, max_steps=2, **options, **SAVE))
     results = {}
