@@ -2,7 +2,8 @@
 
 Joins the rooms: windows (old_policy.py), initial policy (initial_policy.py), log-probs
 (causal_lm.py), loss (objective.py), metrics (metrics.py), data order (sampling.py),
-checkpoints (checkpoints.py, same_run.py), failures (failures.py). No maths lives here.
+checkpoints (checkpoints.py, same_run.py), failures (failures.py), ReLoRA's restarts
+(relora.py). No maths lives here.
 """
 
 import contextlib
@@ -31,7 +32,14 @@ from tqdm.auto import tqdm
 from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, has_length
 
-from axolotl_psft import checkpoints, failures, initial_policy, old_policy, same_run
+from axolotl_psft import (
+    checkpoints,
+    failures,
+    initial_policy,
+    old_policy,
+    relora,
+    same_run,
+)
 from axolotl_psft.attention import takes_lengths
 from axolotl_psft.causal_lm import (
     TokenLogprobsOutput,
@@ -109,6 +117,8 @@ class PSFTTrainer(AxolotlTrainer, _CorrectedLogs):  # type: ignore[misc]
         model = unwrap_peft(self.model)
         _keep_4bit_weights(model)
         install_logprobs_forward(model)
+        for callback in self._relora_callbacks:
+            relora.share_draws(callback)
         # Only a packed batch says where its samples begin.
         is_packed = getattr(self.args, "sample_packing", False)
         self._takes_lengths = bool(is_packed) and takes_lengths(model)
@@ -226,7 +236,7 @@ class PSFTTrainer(AxolotlTrainer, _CorrectedLogs):  # type: ignore[misc]
                 "from an earlier checkpoint, or train without `streaming`."
             )
         restart = args.jagged_restart_steps
-        if self._merges_adapters and restart and step >= restart:
+        if self._relora_callbacks and restart and step >= restart:
             raise ValueError(
                 f"resume_from_checkpoint: step {step} comes after a ReLoRA restart "
                 f"(jagged_restart_steps: {restart}), and Axolotl's checkpoints do not "
@@ -236,9 +246,9 @@ class PSFTTrainer(AxolotlTrainer, _CorrectedLogs):  # type: ignore[misc]
             )
 
     @property
-    def _merges_adapters(self) -> bool:
-        handlers = self.callback_handler.callbacks
-        return any(isinstance(handler, ReLoRACallback) for handler in handlers)
+    def _relora_callbacks(self) -> list[ReLoRACallback]:
+        callbacks = self.callback_handler.callbacks
+        return [each for each in callbacks if isinstance(each, ReLoRACallback)]
 
     def _read_checkpoint(self, checkpoint: Path | None) -> None:
         """Before weights are read: is it complete, and of a run like this one?

@@ -158,6 +158,7 @@ def probe_axolotl(tiny: str, folder: str) -> dict[str, Any]:
     """Runs where patched copies come first, torch having prepared the process."""
     import gc
     from types import SimpleNamespace
+    from unittest import mock
 
     import accelerate
     import numpy as np
@@ -217,6 +218,36 @@ def probe_axolotl(tiny: str, folder: str) -> dict[str, Any]:
     loaded = models.load(models.config(Path(tiny), Path(folder), **ours))
     said["device map"] = loaded.device_map
     os.environ.update(WORLD_SIZE="1", LOCAL_RANK="0")
+
+    # 0005: a restart's draws, here those of a process whose state is at seed 7
+    from axolotl.monkeypatch import relora as axolotl_relora
+
+    from axolotl_psft import relora
+
+    torch.manual_seed(7)
+    main_state = torch.get_rng_state()
+    main_draw = torch.rand(3).tolist()
+    torch.manual_seed(8)
+    with (
+        mock.patch.multiple(
+            axolotl_relora,
+            is_distributed=lambda: True,
+            is_main_process=lambda: False,
+            dist=SimpleNamespace(
+                broadcast_object_list=lambda shared, src: shared.__setitem__(
+                    src, [main_state]
+                )
+            ),
+        ),
+        axolotl_relora.main_process_random_state(torch.device("cpu")),
+    ):
+        said["draws as the main process"] = torch.rand(3).tolist() == main_draw
+    after = torch.rand(3).tolist()
+    torch.manual_seed(8)
+    said["goes on from its own state"] = torch.rand(3).tolist() == after
+    callback = SimpleNamespace(on_step_begin=min, jagged_restart_steps=1)
+    relora.share_draws(callback)  # type: ignore[arg-type]
+    said["ours leaves restarts alone"] = callback.on_step_begin is min
 
     # 0003: order. Axolotl collects garbage after every packing, 0.4 s each time.
     gc.collect = lambda *_: 0  # type: ignore[assignment]
@@ -337,6 +368,12 @@ def test_a_block_that_nothing_reads(axolotl: dict[str, Any]):
 
 def test_several_ranks_load_the_model_on_the_cpu(axolotl: dict[str, Any]):
     assert axolotl["device map"] == {"": "cpu"}
+
+
+def test_a_relora_restart_draws_the_same_on_every_rank(axolotl: dict[str, Any]):
+    assert axolotl["draws as the main process"]
+    assert axolotl["goes on from its own state"]
+    assert axolotl["ours leaves restarts alone"]
 
 
 def test_the_packed_order_is_one_of_seed_and_epoch(axolotl: dict[str, Any]):
