@@ -26,7 +26,7 @@ help:
 	@echo "make evidence        what PSFT does to earlier skills, entropy and RL (90 minutes)"
 	@echo "make evidence-quick  the same with one seed and fewer updates (10 minutes)"
 	@echo "make test            install, lint, type-check and test (about 20 minutes)"
-	@echo "make soak            kill, starve and damage runs in every way (about 30 minutes)"
+	@echo "make soak            kill, starve and damage runs in every way (about 45 minutes)"
 	@echo "make lint            ruff and mypy only"
 	@echo "make clean           remove outputs/ and .venv/"
 

@@ -112,6 +112,11 @@ _SCORED = {
 # Attention that gets packed rows as one sequence each. Of kernels from the hub nobody
 # knows; Axolotl warns there.
 _SEE_EACH_OTHER = (None, "fp8")
+# torchao's, with a state quantized in blocks.
+_LOW_BIT_OPTIMIZERS = (
+    *("adamw_torch_8bit", "adamw_torch_4bit"),
+    *("ao_adamw_8bit", "ao_adamw_4bit", "ao_adamw_fp8"),
+)
 
 _TENSOR_PARALLEL_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "sgd")
 
@@ -313,6 +318,7 @@ def check_combination(cfg: Mapping[str, Any]) -> None:
         )
     _check_stream(cfg)
     _check_optimizer(cfg)
+    _check_zero(cfg)
     _check_tensor_parallel(cfg)
 
 
@@ -384,23 +390,61 @@ def _check_optimizer(cfg: Mapping[str, Any]) -> None:
     if cfg.get("relora") and not optimizer.startswith(("adamw_", "paged_adamw_")):
         why = "a ReLoRA restart resets the state of Adam only. Use adamw_torch"
         _refuse("optimizer", optimizer, why, other="relora: true")
-    stage = _zero_stage(cfg)
-    is_sharded = stage or cfg.get("fsdp") or cfg.get("fsdp_config")
+    is_sharded = _zero_stage(cfg) or cfg.get("fsdp") or cfg.get("fsdp_config")
     if optimizer == "adafactor" and is_sharded:
         why = (
             "its factors of rows and columns need whole weights, not shards. Use "
             "adamw_torch_fused"
         )
         _refuse("optimizer", optimizer, why, other="FSDP or DeepSpeed")
-    if stage == 3 and optimizer.startswith("schedule_free"):
+
+
+def _check_zero(cfg: Mapping[str, Any]) -> None:
+    """What DeepSpeed's stages do not do right, or stop at in the first step."""
+    stage = _zero_stage(cfg)
+    optimizer = str(cfg.get("optimizer"))
+    if stage in (1, 2) and optimizer in _LOW_BIT_OPTIMIZERS:
+        why = (
+            "DeepSpeed cuts its state between the blocks it is quantized in, or finds "
+            "no whole block and keeps 32 bits. Use adamw_bnb_8bit"
+        )
+        _refuse("optimizer", optimizer, why, other=f"DeepSpeed's ZeRO-{stage}")
+    if stage != 3:
+        return
+    zero_3 = "DeepSpeed's ZeRO-3"
+    if optimizer.startswith("schedule_free"):
         why = (
             "ZeRO-3 calls it once for each group of weights, and it takes each call for"
             " a step of all. Use ZeRO-2 or adamw_torch_fused"
         )
-        _refuse("optimizer", optimizer, why, other="DeepSpeed's ZeRO-3")
-    if stage == 3 and cfg.get("peft_use_dora"):
+        _refuse("optimizer", optimizer, why, other=zero_3)
+    if cfg.get("peft_use_dora"):
         why = "DoRA takes norms of whole weights. Use ZeRO-2, or FSDP2"
-        _refuse("peft_use_dora", True, why, other="DeepSpeed's ZeRO-3")
+        _refuse("peft_use_dora", True, why, other=zero_3)
+    if _recomputes_without_reentry(cfg) and _has_frozen_weights(cfg):
+        # Mended after 0.19.2: github.com/deepspeedai/DeepSpeed/pull/8148.
+        why = (
+            "DeepSpeed 0.18, which Axolotl wants, takes frozen weights away again while"
+            " a layer is recomputed. Set gradient_checkpointing_kwargs: "
+            "{use_reentrant: true}, or use ZeRO-2 or FSDP2"
+        )
+        other = f"{zero_3} and frozen weights"
+        _refuse("gradient_checkpointing", True, why, other=other)
+
+
+def _recomputes_without_reentry(cfg: Mapping[str, Any]) -> bool:
+    """Whether torch's non-reentrant checkpointing is in use, Axolotl's default.
+
+    With other values of activation_offloading Axolotl offloads instead of recomputing.
+    """
+    kwargs = cfg.get("gradient_checkpointing_kwargs")
+    reenters = isinstance(kwargs, Mapping) and kwargs.get("use_reentrant")
+    offloads = cfg.get("activation_offloading") not in (None, False, "hidden_states")
+    return bool(cfg.get("gradient_checkpointing")) and not offloads and not reenters
+
+
+def _has_frozen_weights(cfg: Mapping[str, Any]) -> bool:
+    return bool(cfg.get("adapter") or cfg.get("unfrozen_parameters"))
 
 
 def _zero_stage(cfg: Mapping[str, Any]) -> int:

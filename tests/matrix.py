@@ -4,7 +4,9 @@ Judged cell by cell by distributed/test_matrix.py. The README's tables are made 
 `python -m tests.matrix` writes them.
 """
 
+import itertools
 import json
+import random
 import re
 import textwrap
 from dataclasses import dataclass
@@ -295,6 +297,12 @@ REFUSALS = [
         "ZeRO-3 calls it several times a step, and it counts each call as a step",
     ),
     Refusal(
+        ({"ZeRO-1", "ZeRO-2"}, {"8-bit AdamW, torchao"}),
+        "psft",
+        "optimizer: adamw_torch_8bit cannot be combined with DeepSpeed's ZeRO-",
+        "DeepSpeed cuts its state between its blocks: use `adamw_bnb_8bit`",
+    ),
+    Refusal(
         ({"FSDP2", *_ZERO}, {"Adafactor"}),
         "psft",
         "optimizer: adafactor cannot be combined with FSDP or DeepSpeed",
@@ -324,6 +332,14 @@ REFUSALS = [
         "optimizer: .* cannot be combined with relora: true",
         "a restart resets Adam's state only",
     ),
+    Refusal(
+        ({"ZeRO-3"}, _ADAPTERS, {"checkpointing", "offloading, hidden_states"}),
+        "psft",
+        "gradient_checkpointing: True cannot be combined with DeepSpeed's ZeRO-3 and ",
+        "adapters in ZeRO-3 with `checkpointing` or `offloading, hidden_states`: "
+        "DeepSpeed 0.18 takes frozen weights away while a layer is recomputed; set "
+        "`use_reentrant: true`",
+    ),
 ]
 
 # What a CPU cannot run: the configuration is validated here.
@@ -331,6 +347,7 @@ NEED_GPU = [
     ({"offloading, true"}, "`activation_offloading: true` copies by streams"),
     ({"FSDP2", "QLoRA"}, "4-bit weights are sharded on accelerators only"),
     ({"ZeRO-3", "QLoRA"}, "gloo does not gather 4-bit weights with float32 ones"),
+    ({"ZeRO-3", "LoRA", "bf16"}, "nor bf16 weights with float32 adapters (ZeRO-3)"),
 ]
 
 
@@ -367,6 +384,14 @@ def all_cells() -> list[Cell]:
     """Every cell of every table, once."""
     cells = [cell for name in TABLES for row in table_cells(name) for cell in row]
     return list(dict.fromkeys(cells))
+
+
+def sampled_cells(num: int) -> list[Cell]:
+    """Some of the cells that differ from a plain run in three or four choices."""
+    product = itertools.product(PARALLEL, METHODS, DATA, ["", *OPTIONS])
+    others = set(all_cells())
+    cells = [cell for axes in product if (cell := Cell(*axes)) not in others]
+    return random.Random(0).sample(cells, num)
 
 
 def render() -> str:

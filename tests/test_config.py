@@ -2,6 +2,7 @@
 
 import json
 import logging
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -538,6 +539,42 @@ def test_zero_stage_of_a_block_or_a_file(tmp_path: Path, written: Any):
 def test_without_zero_3_schedule_free_is_fine(deepspeed: Any):
     cfg = {"psft": {}, "deepspeed": deepspeed, "optimizer": "schedule_free_adamw"}
     check_combination({**cfg, "peft_use_dora": True})
+
+
+RECOMPUTED = {"psft": {}, "deepspeed": zero(3), "adapter": "lora"}
+RECOMPUTED |= {"gradient_checkpointing": True}
+
+
+@pytest.mark.parametrize(
+    "overrides, refused",
+    [
+        ({}, True),
+        ({"gradient_checkpointing_kwargs": {"use_reentrant": False}}, True),
+        ({"gradient_checkpointing_kwargs": "true"}, True),  # Axolotl says so
+        ({"activation_offloading": "hidden_states"}, True),
+        ({"adapter": None, "unfrozen_parameters": ["lm_head"]}, True),
+        ({"adapter": None}, False),
+        ({"gradient_checkpointing_kwargs": {"use_reentrant": True}}, False),
+        ({"gradient_checkpointing": False}, False),
+        ({"deepspeed": zero(2)}, False),
+        # Axolotl offloads then, and recomputes nothing.
+        ({"activation_offloading": True}, False),
+    ],
+)
+def test_zero_3_recomputes_frozen_weights_by_reentry_only(
+    overrides: Any, refused: bool
+):
+    match = r"DeepSpeed's ZeRO-3 and frozen weights: .*\{use_reentrant: true\}, or use"
+    with pytest.raises(ValueError, match=match) if refused else nullcontext():
+        check_combination({**RECOMPUTED, **overrides})
+
+
+@pytest.mark.parametrize("stage, refused", [(1, True), (2, True), (3, False)])
+def test_zero_cuts_a_state_in_blocks(stage: int, refused: bool):
+    cfg = {"psft": {}, "deepspeed": zero(stage), "optimizer": "ao_adamw_fp8"}
+    match = f"with DeepSpeed's ZeRO-{stage}: .* Use adamw_bnb_8bit"
+    with pytest.raises(ValueError, match=match) if refused else nullcontext():
+        check_combination(cfg)
 
 
 @pytest.mark.parametrize("key", ["streaming", "pretraining_dataset"])

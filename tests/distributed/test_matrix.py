@@ -1,8 +1,9 @@
 """Every cell of the README's tables: run and compared, or refused by name."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
+from itertools import filterfalse
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from tests.matrix import (
     PARALLEL,
     PSFT,
     README,
+    REFUSALS,
     STEPS,
     Cell,
     Config,
@@ -28,6 +30,7 @@ from tests.matrix import (
     in_readme,
     needs_gpu,
     refusal,
+    sampled_cells,
     write_data,
 )
 from tests.tiny import column, config, load, run
@@ -35,11 +38,11 @@ from tests.tiny import column, config, load, run
 Logs = dict[str, list[float]]
 
 METRICS = ["loss", "grad_norm", "psft/nll", "psft/clip_frac", "psft/ratio_max"]
-CELLS = all_cells()
-# Options that save memory or time, and may round otherwise.
-NEUTRAL = {"checkpointing", "checkpointing, reentrant", "offloading, hidden_states"}
-NEUTRAL |= {"torch.compile"}
+# Those of the tables, and some of the other products of all axes.
+CELLS = all_cells() + sampled_cells(200)
 RUN = [cell for cell in CELLS if not refusal(cell) and not needs_gpu(cell)]
+ALONE = [cell for cell in RUN if not cell.num_ranks]
+VALIDATED = [cell for cell in CELLS if not refusal(cell) and needs_gpu(cell)]
 WRAPPED_IN = {
     "one process": "NO",
     "DDP": "MULTI_CPU",
@@ -119,8 +122,9 @@ def tolerance(cell: Cell) -> dict[str, float]:
         # Takes gradients in bf16: a last bit of float32 can be one of eight there.
         return {"rtol": 0.01, "atol": 0.002}
     if cell.option.startswith("8-bit") and cell.parallel not in ("one process", "DDP"):
-        # A shard is rounded in other blocks than the whole.
-        return {"rtol": 0.01, "atol": 0.005}
+        # A shard is rounded in other blocks than the whole; adapters learn faster.
+        rtol = 0.01 if cell.method == "full" else 0.1
+        return {"rtol": rtol, "atol": rtol / 2}
     is_adaptive = "Ada" in cell.option or cell.option == "schedule-free"
     if is_adaptive or cell.method == "ReLoRA":
         # Divides by the root of gradients that may be all rounding.
@@ -191,7 +195,26 @@ def ids(cell: Cell) -> str:
     return str(cell)
 
 
-@pytest.mark.parametrize("cell", [c for c in RUN if c.num_ranks], ids=ids)
+def is_neutral(cell: Cell) -> bool:
+    """Whether its option saves memory or time, and may round otherwise."""
+    saves_memory = ("checkpointing", "offloading")
+    return cell.option.startswith(saves_memory) or cell.option == "torch.compile"
+
+
+def params(cells: Iterable[Cell]) -> list[Any]:
+    """Parameters of a test, some of them for the soak only."""
+    soak = pytest.mark.soak
+    return [pytest.param(c, marks=soak) if is_long(c) else c for c in cells]
+
+
+def is_long(cell: Cell) -> bool:
+    """Whether it is of the last table or of none: there are many."""
+    plain = Cell()
+    is_of_none = len(cell.choices - plain.choices) > 2
+    return is_of_none or (cell.option != plain.option and cell.data != plain.data)
+
+
+@pytest.mark.parametrize("cell", params(c for c in RUN if c.num_ranks), ids=ids)
 def test_two_ranks_equal_one_process(
     folder: Path, tmp_path: Path, one_process: Any, cell: Cell
 ) -> None:
@@ -204,19 +227,7 @@ def test_two_ranks_equal_one_process(
         check_close(logs, expected, cell)
 
 
-def _alone(is_neutral: bool) -> list[Any]:
-    """Cells of one process; those of the last table only in the soak."""
-    cells = [cell for cell in RUN if not cell.num_ranks]
-    return [
-        pytest.param(cell, marks=pytest.mark.soak)
-        if cell.option and cell.data != "unpacked"
-        else cell
-        for cell in cells
-        if (cell.option in NEUTRAL) == is_neutral
-    ]
-
-
-@pytest.mark.parametrize("cell", _alone(is_neutral=True), ids=ids)
+@pytest.mark.parametrize("cell", params(filter(is_neutral, ALONE)), ids=ids)
 def test_what_saves_memory_or_time_changes_nothing(
     folder: Path, tmp_path: Path, one_process: Any, cell: Cell
 ) -> None:
@@ -225,7 +236,7 @@ def test_what_saves_memory_or_time_changes_nothing(
     check_close(logs, one_process(replace(cell, option=""), 1), cell)
 
 
-@pytest.mark.parametrize("cell", _alone(is_neutral=False), ids=ids)
+@pytest.mark.parametrize("cell", params(filterfalse(is_neutral, ALONE)), ids=ids)
 def test_one_process_equals_stock_axolotl(
     folder: Path, tmp_path: Path, cell: Cell
 ) -> None:
@@ -333,6 +344,20 @@ def test_a_stream_ends_and_begins_again(
         run_alone(run_cell, folder, tmp_path / "again", cell, {**size, **resume})
 
 
+def test_relora_restarts_alike_on_all_ranks(folder: Path, tmp_path: Path) -> None:
+    # A stream is read by rank 0 for all: the ranks' random states part.
+    cell = Cell("DDP", "ReLoRA", "streaming")
+    first, second = in_processes(weights_after, folder, tmp_path, cell)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def weights_after(folder: Path, output: Path, cell: Cell) -> dict[str, torch.Tensor]:
+    prepare(cell)
+    trainer = run(config(folder, output, **cell.config(folder)))
+    return dict(trainer.model.state_dict())
+
+
 def test_relora_is_not_resumed_after_a_restart(folder: Path, tmp_path: Path) -> None:
     cell, saves = Cell(method="ReLoRA"), {"save_strategy": None, "save_steps": 1}
     run_alone(run_cell, folder, tmp_path, cell, {**saves, "save_total_limit": 9})
@@ -341,21 +366,21 @@ def test_relora_is_not_resumed_after_a_restart(folder: Path, tmp_path: Path) -> 
         run_alone(run_cell, folder, tmp_path / "again", cell, resume)
 
 
-@pytest.mark.parametrize("cell", [c for c in CELLS if refusal(c)], ids=ids)
+@pytest.mark.parametrize("cell", params(c for c in CELLS if refusal(c)), ids=ids)
 def test_what_cannot_be_right_is_refused(
     folder: Path, tmp_path: Path, cell: Cell
 ) -> None:
-    reason = refusal(cell)
-    assert reason is not None
-    with pytest.raises(ValueError, match=reason.message) as error:
+    with pytest.raises(ValueError) as error:
         load(config(folder, tmp_path, **cell.config(folder)))
-    if reason.by == "psft":
+    # Three choices may have several reasons, and whoever comes first says its own.
+    reasons = (reason for reason in REFUSALS if reason.covers(cell))
+    said = [each for each in reasons if re.search(each.message, str(error.value))]
+    assert said, error.value
+    if said[0].by == "psft":
         assert re.search(r"\b(Use|use|Set|Remove)\b", str(error.value)), "no remedy"
 
 
-@pytest.mark.parametrize(
-    "cell", [c for c in CELLS if not refusal(c) and needs_gpu(c)], ids=ids
-)
+@pytest.mark.parametrize("cell", params(VALIDATED), ids=ids)
 def test_what_needs_a_gpu_is_valid(folder: Path, tmp_path: Path, cell: Cell) -> None:
     steps = in_processes(validated_window, folder, tmp_path, cell)
     assert steps == [PSFT["refresh_steps"]] * (cell.num_ranks or 1)
