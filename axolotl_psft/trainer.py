@@ -313,8 +313,8 @@ class PSFTTrainer(AxolotlTrainer, _CorrectedLogs):  # type: ignore[misc]
         ]
         if sizes[0] != sizes[1] and self.is_world_process_zero():
             LOG.warning(
-                f"psft: {saved.world_size} processes wrote the checkpoint, with "
-                f"{saved.batching}; now there are {self.args.world_size}, with {ours}. "
+                f"psft: the checkpoint was written with world size {saved.world_size} "
+                f"and {saved.batching}; now it is {self.args.world_size}, with {ours}. "
                 "An optimizer step has another number of samples, and the place in the "
                 "data is counted in steps: some samples come again in this epoch, or "
                 "not at all. Keep the product of the three to go on exactly there."

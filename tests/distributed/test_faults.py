@@ -247,15 +247,32 @@ def test_more_processes_with_the_same_samples_a_step(
     two = {**alone, "output_dir": str(tmp_path / "two")}
     two |= {"gradient_accumulation_steps": 1}
     two["resume_from_checkpoint"] = str(checkpoints / "checkpoint-5")
-    logs, _ = run_distributed(train, 2, two, timeout=120)
+    (logs, warnings), (_, others) = run_distributed(train_warned, 2, two, timeout=120)
+    assert warnings == others == []
     assert len(logs) == len(whole)
     for entry, expected in zip(logs, whole, strict=True):
         assert entry.pop("epoch") == pytest.approx(expected.pop("epoch"), rel=0.1)
         # Another order of summation, and Adam.
         assert entry == pytest.approx(expected, rel=1e-3, abs=1e-5)
+    twice = {**two, "gradient_accumulation_steps": 2}
+    (_, warnings), (_, others) = run_distributed(train_warned, 2, twice, timeout=120)
+    assert others == []
+    (warning,) = warnings
+    assert "with world size 1 and {'micro_" in warning
+    assert "now it is 2, with {'micro_" in warning
     two["resume_from_checkpoint"] = str(checkpoints / "checkpoint-6")
     with pytest.raises(RuntimeError, match=r"gradient_accumulation_steps was 2"):
         run_distributed(train, 2, two, timeout=120)
+
+
+def train_warned(cfg: dict[str, Any]) -> tuple[Logs, list[str]]:
+    """What `train` gives, and the warnings of a step with other samples."""
+    from axolotl_psft import trainer
+
+    warnings: list[str] = []
+    trainer.LOG.warning = warnings.append  # type: ignore[method-assign]
+    logs = train(cfg)
+    return logs, [text for text in warnings if "with world size" in text]
 
 
 # ---- Time-outs ----
