@@ -3,7 +3,7 @@
 Joins the rooms: windows (old_policy.py), initial policy (initial_policy.py), log-probs
 (causal_lm.py), loss (objective.py), metrics (metrics.py), data order (sampling.py),
 checkpoints (checkpoints.py, same_run.py), failures (failures.py), ReLoRA's restarts
-(relora.py). No maths lives here.
+(relora.py), adapters in FSDP2 (fsdp.py). No maths lives here.
 """
 
 import contextlib
@@ -35,6 +35,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, has_length
 from axolotl_psft import (
     checkpoints,
     failures,
+    fsdp,
     initial_policy,
     old_policy,
     relora,
@@ -249,6 +250,12 @@ class PSFTTrainer(AxolotlTrainer, _CorrectedLogs):  # type: ignore[misc]
     def _relora_callbacks(self) -> list[ReLoRACallback]:
         callbacks = self.callback_handler.callbacks
         return [each for each in callbacks if isinstance(each, ReLoRACallback)]
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, *args: Any) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, *args)
+        if self.accelerator.is_fsdp2:
+            model = self.accelerator.unwrap_model(self.model)
+            fsdp.load_adapter(model, Path(resume_from_checkpoint))
 
     def _read_checkpoint(self, checkpoint: Path | None) -> None:
         """Before weights are read: is it complete, and of a run like this one?

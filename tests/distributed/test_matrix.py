@@ -283,6 +283,8 @@ RESUMED = [
     *(Cell(parallel, option="AdamW") for parallel in WRAPPED_IN),
     *(Cell(data=data) for data in DATA),
     *(Cell(method=method) for method in METHODS if method != "ReLoRA"),
+    *(Cell("FSDP2", method, option="AdamW") for method in ("LoRA", "DoRA")),
+    Cell("ZeRO-3", "LoRA", option="AdamW"),
 ]
 
 
