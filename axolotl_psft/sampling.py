@@ -3,12 +3,14 @@
 Axolotl's packing shuffles with the global generator, whose state differs at resume.
 """
 
+import functools
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from axolotl.utils.samplers import MultipackBatchSampler
 from torch.utils.data import RandomSampler, Sampler
+from transformers import trainer
 
 
 class EpochRandomSampler(Sampler[int]):
@@ -81,3 +83,23 @@ def set_sampler_epoch(dataloader: Any, epoch: int) -> None:
         pending += [
             getattr(sampler, name, None) for name in ("batch_sampler", "sampler")
         ]
+
+
+@functools.cache
+def keep_mesh_when_skipping() -> None:
+    """Let a resumed stream's loader know which ranks share their batches.
+
+    accelerate 1.13 makes a new loader to skip what was trained on, without the device
+    mesh of the first: the ranks of a tensor-parallel group would get different batches.
+    patches/accelerate-1.13.0/0002 passes the mesh on; then this sets it again.
+    """
+    skip_first_batches = trainer.skip_first_batches
+
+    def skip(dataloader: Any, num_batches: int = 0) -> Any:
+        skipped = skip_first_batches(dataloader, num_batches)
+        for name in ("torch_device_mesh", "submesh_tp", "submesh_dp", "submesh_fsdp"):
+            if hasattr(dataloader, name):
+                setattr(skipped, name, getattr(dataloader, name))
+        return skipped
+
+    trainer.skip_first_batches = skip

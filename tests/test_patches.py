@@ -165,6 +165,7 @@ def probe_axolotl(tiny: str, folder: str) -> dict[str, Any]:
     import torch
     from accelerate.data_loader import (
         BatchSamplerShard,
+        DataLoaderDispatcher,
         DataLoaderShard,
         SkipBatchSampler,
     )
@@ -295,6 +296,12 @@ def probe_axolotl(tiny: str, folder: str) -> dict[str, Any]:
     kept = EpochMultipackBatchSampler.from_stock(stock, seed=0)
     said["ours keeps it"] = kept.sampler is stock.sampler and epochs(kept) == first
 
+    # Accelerate 0002: a mesh, here one without dimensions
+    mesh = SimpleNamespace(mesh_dim_names=())
+    stream = DataLoaderDispatcher(list(range(100)), torch_device_mesh=mesh)
+    skipped = accelerate.skip_first_batches(stream, 1)
+    said["skipping keeps the mesh"] = skipped.torch_device_mesh is mesh
+
     # Accelerate 0001: nestings
     def shard(inner: Any) -> Any:
         return BatchSamplerShard(inner, num_processes=2, process_index=1)
@@ -382,6 +389,10 @@ def test_the_packed_order_is_one_of_seed_and_epoch(axolotl: dict[str, Any]):
     assert axolotl["ours keeps it"]
     assert len(axolotl["packed lengths"]) == 1
     assert axolotl["own lengths"] > 1, "choose lengths that pack unevenly"
+
+
+def test_accelerate_keeps_the_mesh(axolotl: dict[str, Any]):
+    assert axolotl["skipping keeps the mesh"]
 
 
 @pytest.mark.parametrize("nesting", ["plain", "shard", "skip", "skip over shard"])

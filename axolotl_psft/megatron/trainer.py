@@ -19,6 +19,7 @@ from axolotl_psft.megatron import groups
 from axolotl_psft.megatron.step import MegatronStep, OptimizerSettings
 from axolotl_psft.megatron.weights import load_weights, save_weights
 from axolotl_psft.old_policy import Batch, digest
+from axolotl_psft.sampling import keep_mesh_when_skipping
 from axolotl_psft.trainer import PSFTTrainer
 
 LOG = get_logger(__name__)
@@ -35,6 +36,7 @@ class MegatronPSFTTrainer(PSFTTrainer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        keep_mesh_when_skipping()
         self.layout = groups.current()
         # accelerate reads it when it shards a data loader.
         timeout = self.args.ddp_timeout_delta

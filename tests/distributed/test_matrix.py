@@ -285,6 +285,7 @@ RESUMED = [
     *(Cell(method=method) for method in METHODS if method != "ReLoRA"),
     *(Cell("FSDP2", method, option="AdamW") for method in ("LoRA", "DoRA")),
     Cell("ZeRO-3", "LoRA", option="AdamW"),
+    Cell("tensor parallel", data="streaming"),
 ]
 
 
