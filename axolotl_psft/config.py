@@ -521,6 +521,12 @@ def combination_warnings(cfg: Mapping[str, Any]) -> list[str]:
             f"fsdp_version: {cfg.get('fsdp_version')}: psft is tested with FSDP2 only. "
             "Set fsdp_version: 2."
         )
+    optimizer = str(cfg.get("optimizer"))
+    if cfg.get("fsdp_config") and optimizer.startswith(("sgd", "schedule_free")):
+        warnings.append(
+            f"optimizer: {optimizer} in FSDP: this run cannot be resumed, since torch "
+            "does not read the optimizer's state back. Use adamw_torch_fused to resume."
+        )
     return warnings
 
 

@@ -253,9 +253,15 @@ class PSFTTrainer(AxolotlTrainer, _CorrectedLogs):  # type: ignore[misc]
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, *args: Any) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, *args)
+        self._load_adapter(Path(resume_from_checkpoint))
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        self._load_adapter(Path(self.state.best_model_checkpoint))
+
+    def _load_adapter(self, checkpoint: Path) -> None:
         if self.accelerator.is_fsdp2:
-            model = self.accelerator.unwrap_model(self.model)
-            fsdp.load_adapter(model, Path(resume_from_checkpoint))
+            fsdp.load_adapter(self.accelerator.unwrap_model(self.model), checkpoint)
 
     def _read_checkpoint(self, checkpoint: Path | None) -> None:
         """Before weights are read: is it complete, and of a run like this one?

@@ -515,6 +515,15 @@ def test_fsdp1_is_not_tested(version: Any):
     assert combination_warnings({"deepspeed": {"a": 1}, "fsdp_config": None}) == []
 
 
+@pytest.mark.parametrize("optimizer", ["sgd", "schedule_free_adamw"])
+def test_fsdp_does_not_resume_every_optimizer(optimizer: str):
+    cfg = {"fsdp_config": {"a": 1}, "fsdp_version": 2, "optimizer": optimizer}
+    (warning,) = combination_warnings(cfg)
+    assert warning.startswith(f"optimizer: {optimizer} in FSDP: this run cannot be res")
+    assert combination_warnings({**cfg, "optimizer": "adamw_torch"}) == []
+    assert combination_warnings({**cfg, "fsdp_config": None}) == []
+
+
 # ---- Optimizers, adapters and data; tests/matrix.py has the rest ----
 
 

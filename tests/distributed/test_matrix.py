@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch.testing import assert_close
 
 from tests.distributed import cpu_ranks
@@ -299,6 +300,27 @@ def test_resumes_to_the_last_bit(folder: Path, tmp_path: Path, cell: Cell) -> No
     job = (folder, tmp_path / "resumed", cell, resume)
     (resumed, _), *_ = in_processes(run_cell, *job)
     assert resumed == whole
+
+
+def test_the_best_adapter_of_shards_is_read_whole(folder: Path, tmp_path: Path) -> None:
+    cell = Cell("FSDP2", "LoRA", option="AdamW")
+    # At this rate the first of three is the best.
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss"}
+    best |= {
+        "val_set_size": 0.1,
+        "eval_steps": 2,
+        "save_steps": 2,
+        "learning_rate": 0.5,
+    }
+    best |= {"save_strategy": None, "save_total_limit": 9}
+    in_processes(run_cell, folder, tmp_path, cell, best)
+    first, final = (
+        load_file(tmp_path / "run" / name / "adapter_model.safetensors")
+        for name in ("checkpoint-2", "")
+    )
+    last = load_file(tmp_path / "run" / "checkpoint-6" / "adapter_model.safetensors")
+    assert_close(final, first, rtol=0, atol=0)
+    assert not all(torch.equal(final[name], last[name]) for name in final)
 
 
 @pytest.mark.parametrize("parallel", ["FSDP2", "ZeRO-2", "ZeRO-3"])
