@@ -299,8 +299,9 @@ def test_clear_deletes_parts_only(folder: Path):
 
 # ---- Whole runs ----
 
-# Same maths, other summation order, in float32, through eight steps of descent.
-CLOSE = {"rtol": 2e-6, "atol": 1e-6}
+# Same maths, other summation order, in float32, through eight steps of descent: 7e-8
+# in the first grows two- to threefold a step, to 3e-6 on some CPUs.
+CLOSE = {"rtol": 1e-5, "atol": 1e-6}
 METRICS = ["psft/nll", "psft/approx_kl", "psft/entropy", "grad_norm", "loss"]
 
 
