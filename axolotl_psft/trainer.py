@@ -257,7 +257,8 @@ class PSFTTrainer(AxolotlTrainer, _CorrectedLogs):  # type: ignore[misc]
 
     def _load_best_model(self) -> None:
         super()._load_best_model()
-        self._load_adapter(Path(self.state.best_model_checkpoint))
+        if best := self.state.best_model_checkpoint:
+            self._load_adapter(Path(best))
 
     def _load_adapter(self, checkpoint: Path) -> None:
         if self.accelerator.is_fsdp2:
