@@ -13,8 +13,13 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+from axolotl.utils.logging import get_logger
 
 from axolotl_psft import failures
+
+LOG = get_logger(__name__)
 
 # transformers' names; its trainer, which has them, takes seconds to import.
 _STATE = "trainer_state.json"
@@ -117,6 +122,25 @@ def newest_complete(output_dir: str | os.PathLike) -> tuple[Path | None, list[st
             return path, skipped
         skipped.append(f"{path.name} {what}")
     return None, skipped
+
+
+def choose(cfg: Any) -> None:
+    """With auto_resume_from_checkpoints, resume from the newest complete checkpoint.
+
+    Axolotl takes the newest, be it the one that the run was killed over.
+    """
+    if not cfg.auto_resume_from_checkpoints or cfg.resume_from_checkpoint is not None:
+        return
+    newest, skipped = newest_complete(cfg.output_dir)
+    if skipped:
+        begin = "starts anew" if newest is None else f"resumes from {newest.name}"
+        LOG.warning(
+            f"auto_resume_from_checkpoints: the run {begin}: {'; '.join(skipped)}."
+        )
+    if newest is None:
+        cfg.auto_resume_from_checkpoints = False
+    else:
+        cfg.resume_from_checkpoint = str(newest)
 
 
 def check(checkpoint: Path) -> int:

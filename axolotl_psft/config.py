@@ -159,6 +159,12 @@ class PSFTConfig(BaseModel):
         "model near the initial policy.",
     )
 
+    check_data_files: bool = Field(
+        default=True,
+        description="Read local data files through before Axolotl does, so that a row "
+        "at fault is an error with file and line.",
+    )
+
     @model_validator(mode="before")
     @classmethod
     def _keys_and_values(cls, data: Any) -> Any:
@@ -182,11 +188,13 @@ class PSFTConfig(BaseModel):
                 f"{data['objective']!r}. Use psft; the others are baselines with the "
                 "same metrics."
             )
-        if not isinstance(data.get("sequence_parallel", False), bool):
-            raise ValueError(
-                "psft.sequence_parallel must be true or false, got "
-                f"{data['sequence_parallel']!r}. Use false."
-            )
+        for key in ("sequence_parallel", "check_data_files"):
+            default = cls.model_fields[key].default
+            if not isinstance(data.get(key, default), bool):
+                raise ValueError(
+                    f"psft.{key} must be true or false, got {data[key]!r}. Use "
+                    f"{str(default).lower()}."
+                )
         # Here and not in field types: pydantic's own messages know no remedy, and it
         # takes `true` for 1.
         return {**data, **_numbers(data)}

@@ -2,7 +2,8 @@
 
 Axolotl's own error for it names neither file nor row. Checked: UTF-8, the file's
 syntax, one object a row, and what the prompt format wants (data_rows.py). Nothing is
-tokenized and nothing changed.
+tokenized and nothing changed. Read are only files that Axolotl is about to read, by one
+rank for all.
 """
 
 import glob
@@ -12,9 +13,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from axolotl_psft import failures
 from axolotl_psft.data_rows import Chat, DataFileError, Rule, Text, rule_of, short
 
-__all__ = ["DataFileError", "Report", "check", "check_file", "local_files"]
+__all__ = [
+    "DataFileError",
+    "Report",
+    "check",
+    "check_file",
+    "check_once",
+    "local_files",
+]
 
 # As Axolotl tells the kind of a file from its name; all others are JSON.
 _KINDS = {".parquet": "parquet", ".arrow": "arrow", ".csv": "csv", ".txt": "text"}
@@ -34,25 +43,63 @@ class Report:
     """What is no error, but a person should know; a sentence or two each."""
 
 
-def check(cfg: Mapping[str, Any]) -> Report:
-    """Check every row of the local files under ``datasets`` and ``test_datasets``.
+def check_once(cfg: Any) -> Report:
+    """:func:`check` on the first rank, while the others wait for what comes of it.
 
     Args:
-        cfg: Axolotl's configuration.
+        cfg: Axolotl's validated configuration.
+
+    Returns:
+        What was read; nothing on the other ranks.
+
+    Raises:
+        DataFileError: the first row at fault.
+        PeerFailedError: on the other ranks, with that message.
+    """
+    from axolotl.utils.distributed import init_distributed_state, is_main_process
+
+    if not cfg.psft["check_data_files"]:
+        return Report()
+    init_distributed_state()
+    report, error = Report(), None
+    if is_main_process():
+        try:
+            report = check(cfg)
+        except DataFileError as found:
+            error = found
+    failures.raise_together(error)
+    return report
+
+
+def check(cfg: Any) -> Report:
+    """Check every row of the local files that Axolotl will read of this configuration.
 
     Raises:
         DataFileError: the first row at fault.
     """
     report, all_whole = Report(), True
-    for dataset in cfg.get("datasets") or ():
+    for dataset in _to_be_read(cfg, "datasets"):
         num_rows = _check_dataset(dataset, report)
         all_whole &= num_rows > 0 and not _is_part(dataset)
         report.num_rows += num_rows
     if not all_whole:
         report.num_rows = 0
-    for dataset in cfg.get("test_datasets") or ():
+    for dataset in _to_be_read(cfg, "test_datasets"):
         _check_dataset(dataset, report)
     return report
+
+
+def _to_be_read(cfg: Any, key: str) -> list[Any]:
+    """The entries under ``key``; none where Axolotl has them prepared on the disk."""
+    from axolotl.utils.data import shared
+
+    entries = cfg.get(key) or []
+    if not entries or cfg.is_preprocess or cfg.skip_prepare_dataset or cfg.streaming:
+        return entries
+    # A tokenizer's name is what it was loaded by; where it is not, files are read.
+    name = shared.generate_dataset_hash_from_config(cfg, entries, cfg.tokenizer_config)
+    is_prepared = any(shared.get_prepared_dataset_path(cfg, name).glob("*"))
+    return [] if is_prepared else entries
 
 
 def _check_dataset(dataset: Mapping[str, Any], report: Report) -> int:

@@ -1,14 +1,18 @@
-"""The Axolotl plugin: hooks only. Without a `psft:` block every hook does nothing."""
+"""The Axolotl plugin: hooks only. Without a `psft:` block every hook does nothing.
+
+Axolotl imports this file in every run where the package is installed, and goes on
+without it where that fails: it imports nothing that could.
+"""
 
 from typing import Any
 
-from axolotl.integrations.base import BasePlugin
+from axolotl.integrations.base import BasePlugin, PluginManager
 from axolotl.utils.logging import get_logger
 
-from axolotl_psft import checkpoints, data_files
-from axolotl_psft.config import PSFTConfig
-
 LOG = get_logger(__name__)
+
+# How `plugins:` may write it, beside `axolotl_psft.PSFTPlugin`.
+_BARE_NAME = "axolotl_psft"
 
 
 class PSFTPlugin(BasePlugin):
@@ -17,36 +21,51 @@ class PSFTPlugin(BasePlugin):
     # Of the training data, where all of it is local files.
     _num_rows = 0
 
+    def __init__(self) -> None:
+        super().__init__()
+        # Axolotl makes this plugin of its entry point, under the dotted name, before it
+        # resolves the names in `plugins:`, and leaves alone those that it knows: of the
+        # bare one it could make nothing. It stands for a plugin without hooks, so that
+        # ours run once however it was written.
+        PluginManager().plugins.setdefault(_BARE_NAME, BasePlugin())
+
     def get_input_args(self) -> str:
         return "axolotl_psft.config.PSFTArgs"
 
     def register(self, cfg: Any) -> None:
+        if cfg.get("psft") is None:
+            return
+        from axolotl_psft import checkpoints, cpu
+
+        cpu.let_ranks_start()
         # Before Axolotl writes its log there: the first hook of its command line.
-        if cfg.get("psft") and cfg.get("output_dir"):
+        if cfg.get("output_dir"):
             checkpoints.check_writable(cfg["output_dir"])
 
     def load_datasets(self, cfg: Any, preprocess: bool = False) -> None:
-        # Nothing to load: this is the last hook before Axolotl reads the device map,
-        # which on several ranks is the rank's number even where there is no GPU, and
-        # the attention implementation.
-        if cfg.psft and cfg.device == "cpu" and cfg.device_map:
-            cfg.device_map = {"": "cpu"}
-        if cfg.psft and cfg.device == "cpu":
-            _stand_in_on_cpu(cfg)
-        if cfg.psft:
-            report = data_files.check(cfg)
-            self._num_rows = report.num_rows
-            for note in report.notes:
-                LOG.warning(f"psft: {note}")
-            if not preprocess:
-                _choose_checkpoint(cfg)
-        if _tensor_parallel(cfg) and not preprocess:
+        # Nothing to load: this is the last hook before Axolotl reads the data, the
+        # device map and the attention implementation.
+        if not cfg.psft:
+            return
+        from axolotl_psft import checkpoints, cpu, data_files
+
+        cpu.place_model(cfg)
+        cpu.replace_attention(cfg)
+        report = data_files.check_once(cfg)
+        self._num_rows = report.num_rows
+        for note in report.notes:
+            LOG.warning(f"psft: {note}")
+        if preprocess:
+            return
+        checkpoints.choose(cfg)
+        if cfg.psft_tensor_parallel_size:
             from axolotl_psft.megatron import engine
 
             engine.prepare(cfg)
 
     def pre_model_load(self, cfg: Any) -> None:
-        if not cfg.psft:
+        names = {_BARE_NAME, f"{_BARE_NAME}.{type(self).__name__}"}
+        if not cfg.psft and names & set(cfg.plugins or ()):
             LOG.warning(
                 "plugins lists axolotl_psft but there is no `psft:` block: this run is "
                 "plain SFT. Add `psft: {}` for Proximal SFT with the defaults."
@@ -67,7 +86,7 @@ class PSFTPlugin(BasePlugin):
     def get_trainer_cls(self, cfg: Any) -> type | None:
         if not cfg.psft:
             return None
-        if _tensor_parallel(cfg):
+        if cfg.psft_tensor_parallel_size:
             from axolotl_psft.megatron.trainer import MegatronPSFTTrainer
 
             return MegatronPSFTTrainer
@@ -78,13 +97,14 @@ class PSFTPlugin(BasePlugin):
     def post_trainer_create(self, cfg: Any, trainer: Any) -> None:
         if not cfg.psft:
             return
+        from axolotl_psft.config import PSFTConfig
         from axolotl_psft.trainer import PSFTTrainer
 
         if not isinstance(trainer, PSFTTrainer):
             raise ValueError(
-                f"plugins: {list(cfg.plugins)} gave a {type(trainer).__name__}: another"
-                " plugin brings its own trainer, and a psft block needs PSFTTrainer. "
-                "Remove that plugin or the psft block."
+                f"plugins: {list(cfg.plugins or ())} gave a {type(trainer).__name__}: "
+                "another plugin brings its own trainer, and a psft block needs "
+                "PSFTTrainer. Remove that plugin or the psft block."
             )
         trainer.psft = PSFTConfig(**cfg.psft)
         self._report_left_out(cfg, trainer)
@@ -105,58 +125,12 @@ class PSFTPlugin(BasePlugin):
             )
 
 
-def _stand_in_on_cpu(cfg: Any) -> None:
-    """Let a GPU's attn_implementation run where there is none.
-
-    Raises:
-        ValueError: it computes something else than attention.
-    """
-    from axolotl_psft import attention
-
-    if not attention.trains_on_gpus_only(cfg.attn_implementation):
-        return
-    if cfg.scaling_softmax:
-        raise ValueError(
-            f"scaling_softmax: {cfg.scaling_softmax} is part of flex_attention, which "
-            "has no gradient on a CPU. Train on a GPU, or remove it."
-        )
-    LOG.info(
-        f"psft: attn_implementation: {cfg.attn_implementation} cannot train on a CPU; "
-        f"{attention.NAME} computes the same there."
-    )
-    attention.register()
-    cfg.attn_implementation = attention.NAME
-
-
-def _choose_checkpoint(cfg: Any) -> None:
-    """With auto_resume_from_checkpoints, the newest one that is complete.
-
-    Axolotl takes the newest, be it the one that the run was killed over.
-    """
-    if not cfg.auto_resume_from_checkpoints or cfg.resume_from_checkpoint is not None:
-        return
-    newest, skipped = checkpoints.newest_complete(cfg.output_dir)
-    if skipped:
-        begin = "starts anew" if newest is None else f"resumes from {newest.name}"
-        LOG.warning(
-            f"auto_resume_from_checkpoints: the run {begin}: {'; '.join(skipped)}."
-        )
-    if newest is None:
-        cfg.auto_resume_from_checkpoints = False
-    else:
-        cfg.resume_from_checkpoint = str(newest)
-
-
-def _tensor_parallel(cfg: Any) -> bool:
-    return bool(cfg.psft and cfg.psft_tensor_parallel_size)
-
-
 def _prepared_engine(cfg: Any) -> Any:
     """The tensor-parallel engine in a training run; None elsewhere.
 
     Axolotl's other commands (inference, merging) load the model of the same YAML whole.
     """
-    if not _tensor_parallel(cfg):
+    if not (cfg.psft and cfg.psft_tensor_parallel_size):
         return None
     from axolotl_psft.megatron import engine
 

@@ -311,7 +311,7 @@ class PSFTTrainer(AxolotlTrainer, _CorrectedLogs):  # type: ignore[misc]
         if self.psft.objective == "sft_kl":
             return self.psft.model_dump(include={"objective", "kl_coef"})
         return {
-            **self.psft.model_dump(exclude={"sequence_parallel", "kl_coef"}),
+            **self.psft.model_dump(exclude={"sequence_parallel", "kl_coef", "check_data_files"}),
             # What takes part in the objective, not how it was written.
             "epsilon": self.psft.epsilon if self.psft.epsilon_high is None else None,
         }

@@ -113,7 +113,7 @@ def config(tiny: Path, output: Path, **overrides: Any) -> dict[str, Any]:
     """A complete Axolotl configuration for a short fp32 run; None drops a key."""
     cfg = {
         "base_model": str(tiny / "model"),
-        "plugins": ["axolotl_psft.PSFTPlugin"],
+        "plugins": ["axolotl_psft"],
         "psft": {"epsilon_high": 0.28, "refresh_steps": 4},
         "datasets": [{"path": str(tiny / "train.jsonl"), "type": PROMPT}],
         # One cache for all runs: Axolotl keys it by data set, tokenizer and length.

@@ -1,0 +1,51 @@
+"""What a run needs where there is no accelerator: tests, the quickstart, a laptop.
+
+Megatron-Core's part of it is megatron/cpu.py, the attention kernel attention.py.
+"""
+
+from typing import Any
+
+import torch
+from axolotl.utils.logging import get_logger
+
+LOG = get_logger(__name__)
+
+
+def let_ranks_start() -> None:
+    """Let Axolotl start several ranks on a machine without a GPU driver.
+
+    It asks whether GPUs reach one another, and takes only one of torch's two errors for
+    a no: that of a build without CUDA. patches/axolotl-0.21.0 mends it there.
+    """
+    if not torch.accelerator.is_available():
+        torch.cuda.can_device_access_peer = lambda device, peer_device: True
+
+
+def place_model(cfg: Any) -> None:
+    """Load on the CPU: Axolotl sets the rank's number, as if each had a GPU."""
+    if cfg.device == "cpu" and cfg.device_map:
+        cfg.device_map = {"": "cpu"}
+
+
+def replace_attention(cfg: Any) -> None:
+    """Let a GPU's ``attn_implementation`` run.
+
+    Raises:
+        ValueError: it computes something else than attention.
+    """
+    from axolotl_psft import attention
+
+    implementation = cfg.attn_implementation
+    if cfg.device != "cpu" or not attention.trains_on_gpus_only(implementation):
+        return
+    if cfg.scaling_softmax:
+        raise ValueError(
+            f"scaling_softmax: {cfg.scaling_softmax} is part of flex_attention, which "
+            "has no gradient on a CPU. Train on a GPU, or remove it."
+        )
+    LOG.info(
+        f"psft: attn_implementation: {implementation} cannot train on a CPU; "
+        f"{attention.NAME} computes the same there."
+    )
+    attention.register()
+    cfg.attn_implementation = attention.NAME
