@@ -4,6 +4,8 @@ Pure torch maths. What the old policy is, when it is scored and how sums become 
 metrics a person reads lives in old_policy.py, trainer.py and metrics.py.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -60,7 +62,7 @@ def psft_loss(
     upper = upper_bound(epsilon, epsilon_high)
     log_ratio = _log_ratio(logprobs, old_logprobs, mask)
     ratio = log_ratio.exp()
-    surrogate = torch.where(mask, ratio.clamp(max=upper), 0.0)
+    surrogate = torch.where(mask, _bounded(ratio, -math.inf, upper), 0.0)
     active = mask.sum()
     divisor = active.clamp(min=1) if num_tokens is None else num_tokens
     loss = -surrogate.sum() / divisor
@@ -165,7 +167,16 @@ def _log_ratio(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor) -> Tensor:
     # Selecting the difference, not the inputs, keeps NaN and inf at masked positions
     # out of the backward pass too.
     log_ratio = torch.where(mask, logprobs - old_logprobs.detach(), 0.0)
-    return log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    return _bounded(log_ratio, -MAX_LOG_RATIO, MAX_LOG_RATIO)
+
+
+def _bounded(x: Tensor, low: float, high: float) -> Tensor:
+    """``x.clamp(low, high)`` whose gradient is 1 at the bounds, too.
+
+    torch has none there from 2.14 on, and had one before: with ``epsilon_high: 0``
+    all of a window's first step lies at the bound.
+    """
+    return torch.where((x >= low) & (x <= high), x, x.detach().clamp(low, high))
 
 
 def upper_bound(epsilon: float, epsilon_high: float | None) -> float:
