@@ -124,10 +124,12 @@ def is_of_data_worker(error: Exception) -> bool:
 
 def is_of_connection(error: Exception) -> bool:
     """Whether ``error`` says that a collective failed: another rank has the reason."""
-    # gloo's errors are RuntimeErrors, as are those of autograd around them; most name
-    # a source file of its.
-    words = ("gloo", "caused pair closure")
-    return isinstance(error, dist.DistError) or any(w in str(error) for w in words)
+    if isinstance(error, dist.DistError):
+        return True
+    # gloo's are RuntimeErrors, as are those of autograd around them; most name a source
+    # file of its.
+    words = ("third_party/gloo/", "caused pair closure")
+    return type(error) is RuntimeError and any(word in str(error) for word in words)
 
 
 def _silent_ranks(store: Any, rank: int, size: int) -> list[int]:
