@@ -63,29 +63,12 @@ def check_once(cfg: Any) -> Report:
     init_distributed_state()
     report, error = Report(), None
     if is_main_process():
+        keys = ("datasets", "test_datasets")
         try:
-            report = check(cfg)
+            report = check({key: _to_be_read(cfg, key) for key in keys})
         except DataFileError as found:
             error = found
     failures.raise_together(error)
-    return report
-
-
-def check(cfg: Any) -> Report:
-    """Check every row of the local files that Axolotl will read of this configuration.
-
-    Raises:
-        DataFileError: the first row at fault.
-    """
-    report, all_whole = Report(), True
-    for dataset in _to_be_read(cfg, "datasets"):
-        num_rows = _check_dataset(dataset, report)
-        all_whole &= num_rows > 0 and not _is_part(dataset)
-        report.num_rows += num_rows
-    if not all_whole:
-        report.num_rows = 0
-    for dataset in _to_be_read(cfg, "test_datasets"):
-        _check_dataset(dataset, report)
     return report
 
 
@@ -100,6 +83,24 @@ def _to_be_read(cfg: Any, key: str) -> list[Any]:
     name = shared.generate_dataset_hash_from_config(cfg, entries, cfg.tokenizer_config)
     is_prepared = any(shared.get_prepared_dataset_path(cfg, name).glob("*"))
     return [] if is_prepared else entries
+
+
+def check(cfg: Mapping[str, Any]) -> Report:
+    """Check every row of the local files under ``datasets`` and ``test_datasets``.
+
+    Raises:
+        DataFileError: the first row at fault.
+    """
+    report, all_whole = Report(), True
+    for dataset in cfg.get("datasets") or ():
+        num_rows = _check_dataset(dataset, report)
+        all_whole &= num_rows > 0 and not _is_part(dataset)
+        report.num_rows += num_rows
+    if not all_whole:
+        report.num_rows = 0
+    for dataset in cfg.get("test_datasets") or ():
+        _check_dataset(dataset, report)
+    return report
 
 
 def _check_dataset(dataset: Mapping[str, Any], report: Report) -> int:

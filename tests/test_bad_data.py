@@ -209,6 +209,23 @@ def test_a_row_that_cannot_be_read_is_named_before_a_model_is_loaded(
     assert not loaded
 
 
+def test_data_files_may_go_unread(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from axolotl_psft import data_files
+
+    read: list[Any] = []
+    original = data_files.check_file
+    monkeypatch.setattr(
+        data_files, "check_file", lambda *args: read.append(args) or original(*args)
+    )
+    for check, times in ((False, 0), (True, 1)):
+        options = {"dataset_prepared_path": str(tmp_path / str(check)), "max_steps": 1}
+        psft = {"check_data_files": check}
+        run(config(tiny, tmp_path / "run", psft=psft, **options))
+        assert len(read) == times
+
+
 def test_nothing_to_train_on_is_an_error(tiny: Path, tmp_path: Path) -> None:
     chat = [
         {"messages": [{"role": "user", "content": "w1 w2"}]},

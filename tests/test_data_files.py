@@ -293,7 +293,12 @@ TABLES: list[tuple[str, Any, Any, str]] = [
     ("parquet", PROMPT, b"PAR1 and so on", r": not readable as parquet after row 0: P"),
     ("parquet", PROMPT, {"instruction": not_utf8()}, r": not readable .*'utf-8' codec"),
     ("arrow", PROMPT, {"instruction": ["w1", None]}, r", row 2: `instruction` is miss"),
-    ("arrow", PROMPT, {"instruction": not_utf8()}, r": not readable .*'utf-8' codec"),
+    (
+        "arrow",
+        PROMPT,
+        {"instruction": not_utf8()},
+        r": not readable .*Invalid UTF8",
+    ),
     ("arrow", PROMPT, b"ARROW1 and so on", r": not readable as arrow after row 0: "),
     ("arrow", "chat_template", {"messages": [[USER], []]}, r", row 2: `messages` mus"),
 ]
