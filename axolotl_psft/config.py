@@ -48,8 +48,10 @@ _NUMBERS_OF = {
     "sft_kl": {"kl_coef"},
 }
 
+# For better messages: the trainer refuses any loss function that arrives all the same.
 _LOSS_OPTIONS = {
     "use_eaft": "it replaces the loss by entropy-aware focal training",
+    "use_dft": "it replaces the loss by dynamic fine-tuning",
     "chunked_cross_entropy": "it replaces the loss; psft has a chunked head of its own",
     "cut_cross_entropy": "it replaces the loss; psft has a chunked head of its own",
     "liger_cross_entropy": "it replaces the loss; psft has a chunked head of its own",
@@ -61,6 +63,8 @@ _LOSS_OPTIONS = {
     "orpo_alpha": "it replaces the loss by ORPO",
     "label_smoothing_factor": "a smoothed target has no log-prob to form a ratio with",
     "diffusion": "it replaces the loss by a diffusion objective",
+    "diffusion_lm": "it trains a diffusion language model",
+    "diffusion_decision": "it trains a diffusion language model",
 }
 
 _CONTEXT_PARALLEL = (
@@ -71,6 +75,7 @@ _CONTEXT_PARALLEL = (
 _UNSUPPORTED = {
     "context_parallel_size": _CONTEXT_PARALLEL,
     "sequence_parallel_degree": _CONTEXT_PARALLEL,
+    "context_parallel": _CONTEXT_PARALLEL,
     "expert_parallel_size": "expert parallelism is not supported yet. Set it to 1",
 }
 
@@ -314,8 +319,11 @@ def check_combination(cfg: Mapping[str, Any]) -> None:
         if cfg.get(key):
             _refuse(key, cfg[key], f"{reason}. Remove `{key}` or the psft block")
     for key, what in _UNSUPPORTED.items():
-        if cfg.get(key) and cfg[key] not in (1, "1"):
-            _refuse(key, cfg[key], what)
+        value = cfg.get(key)
+        if isinstance(value, Mapping):  # context_parallel: {size: 2}
+            key, value = f"{key}.size", value.get("size")
+        if value and value not in (1, "1"):
+            _refuse(key, value, what)
     if cfg.get("trainer_cls"):
         _refuse("trainer_cls", cfg["trainer_cls"], "psft brings its own. Remove it")
     if cfg.get("processor_type") or cfg.get("is_multimodal"):
@@ -429,30 +437,6 @@ def _check_zero(cfg: Mapping[str, Any]) -> None:
     if cfg.get("peft_use_dora"):
         why = "DoRA takes norms of whole weights. Use ZeRO-2, or FSDP2"
         _refuse("peft_use_dora", True, why, other=zero_3)
-    if _recomputes_without_reentry(cfg) and _has_frozen_weights(cfg):
-        # Mended after 0.19.2: github.com/deepspeedai/DeepSpeed/pull/8148.
-        why = (
-            "DeepSpeed 0.18, which Axolotl wants, takes frozen weights away again while"
-            " a layer is recomputed. Set gradient_checkpointing_kwargs: "
-            "{use_reentrant: true}, or use ZeRO-2 or FSDP2"
-        )
-        other = f"{zero_3} and frozen weights"
-        _refuse("gradient_checkpointing", True, why, other=other)
-
-
-def _recomputes_without_reentry(cfg: Mapping[str, Any]) -> bool:
-    """Whether torch's non-reentrant checkpointing is in use, Axolotl's default.
-
-    With other values of activation_offloading Axolotl offloads instead of recomputing.
-    """
-    kwargs = cfg.get("gradient_checkpointing_kwargs")
-    reenters = isinstance(kwargs, Mapping) and kwargs.get("use_reentrant")
-    offloads = cfg.get("activation_offloading") not in (None, False, "hidden_states")
-    return bool(cfg.get("gradient_checkpointing")) and not offloads and not reenters
-
-
-def _has_frozen_weights(cfg: Mapping[str, Any]) -> bool:
-    return bool(cfg.get("adapter") or cfg.get("unfrozen_parameters"))
 
 
 def _zero_stage(cfg: Mapping[str, Any]) -> int:
@@ -524,11 +508,6 @@ def combination_warnings(cfg: Mapping[str, Any]) -> list[str]:
                 f"{key}: {cfg[key]} adds noise to {noisy}: {scored} scored without it. "
                 f"{remedy}."
             )
-    if cfg.get("fsdp_config") and str(cfg.get("fsdp_version")) != "2":
-        warnings.append(
-            f"fsdp_version: {cfg.get('fsdp_version')}: psft is tested with FSDP2 only. "
-            "Set fsdp_version: 2."
-        )
     optimizer = str(cfg.get("optimizer"))
     if cfg.get("fsdp_config") and optimizer.startswith(("sgd", "schedule_free")):
         warnings.append(

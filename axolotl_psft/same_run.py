@@ -23,6 +23,8 @@ _ORDER = {
     "sample_packing_group_size": "sample_packing_group_size",
     "multipack_real_batches": "multipack_real_batches",
     "curriculum_sampling": "curriculum_sampling",
+    "balance_labels": "balance_labels",
+    "label_balance_window_optim_steps": "label_balance_window_optim_steps",
     "group_by_length": "train_sampling_strategy",
     "dataloader_drop_last": "dataloader_drop_last",
 }

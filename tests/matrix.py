@@ -128,6 +128,12 @@ DATA: dict[str, Config] = {
         "eot_tokens": ["<eos>"],
     },
     "curriculum": {"curriculum_sampling": True},
+    "label-balanced": {
+        "balance_labels": True,
+        "label_balance_window_optim_steps": 2,
+        "sample_packing": True,
+        "micro_batch_size": 1,
+    },
     "group_by_length": {"group_by_length": True},
 }
 
@@ -331,14 +337,6 @@ REFUSALS = [
         "psft",
         "optimizer: .* cannot be combined with relora: true",
         "a restart resets Adam's state only",
-    ),
-    Refusal(
-        ({"ZeRO-3"}, _ADAPTERS, {"checkpointing", "offloading, hidden_states"}),
-        "psft",
-        "gradient_checkpointing: True cannot be combined with DeepSpeed's ZeRO-3 and ",
-        "adapters in ZeRO-3 with `checkpointing` or `offloading, hidden_states`: "
-        "DeepSpeed 0.18 takes frozen weights away while a layer is recomputed; set "
-        "`use_reentrant: true`",
     ),
 ]
 
