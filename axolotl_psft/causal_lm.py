@@ -6,8 +6,8 @@ every hook of theirs fires. Without ``logprob_targets`` the model is what it was
 """
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
-from types import MethodType
 from typing import Any
 
 import torch
@@ -35,6 +35,8 @@ class TokenLogprobsOutput(ModelOutput):
     """float32, nats, of the distribution that predicts token t. No gradient."""
     mask: Tensor = None  # type: ignore[assignment]
     """bool, True for active tokens."""
+    old_logprobs: Tensor | None = None
+    """As they were given, for the loss."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,9 @@ def unwrap_peft(model: Any) -> PreTrainedModel:
 def install_logprobs_forward(model: PreTrainedModel) -> None:
     """Let ``model(..., logprob_targets=[B, S])`` return :class:`TokenLogprobsOutput`.
 
-    Idempotent. ``labels`` are ignored in such a call and no cache is built.
+    ``num_active``, the number of targets that are not -100, spares the head a wait for
+    the device; ``old_logprobs`` are handed through to the output. Idempotent.
+    ``labels`` are ignored in such a call and no cache is built.
 
     Raises:
         ValueError: if the model has no separate backbone and output head, or adds a
@@ -88,72 +92,102 @@ def install_logprobs_forward(model: PreTrainedModel) -> None:
             f"{type(model).__name__} that adds a load-balancing loss, which PSFT does "
             "not. Set `overrides_of_model_config: {output_router_logits: false}`."
         )
-    original: Any = model.forward
     transform = LogitsTransform.from_config(model.config)
     # A vocabulary-parallel head (megatron/layers.py) has a group.
     if type(head) is nn.Linear or hasattr(head, "tp_group"):
         _install_head_forward(head, transform)
 
-    @functools.wraps(original.__func__)
     def forward(
-        self: PreTrainedModel,
+        original: Callable[..., Any],
         *args: Any,
         logprob_targets: Tensor | None = None,
+        num_active: int | None = None,
+        old_logprobs: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
         if logprob_targets is None:
             return original(*args, **kwargs)
         kwargs.pop("labels", None)
-        hidden = self.base_model(*args, **{**kwargs, "use_cache": False})[0]
+        hidden = model.base_model(*args, **{**kwargs, "use_cache": False})[0]
         targets = shift_left(logprob_targets)
         logprobs, entropy = _head_logprobs(
-            self.get_output_embeddings(),
+            model.get_output_embeddings(),
             hidden.flatten(0, 1),
             targets.flatten(),
+            num_active,
             transform,
         )
         return TokenLogprobsOutput(
             logprobs=shift_right(logprobs.view(targets.shape)),
             entropy=shift_right(entropy.view(targets.shape)),
             mask=logprob_targets != IGNORE_INDEX,
+            old_logprobs=old_logprobs,
         )
 
-    setattr(model, _MARK, original)
-    model.forward = MethodType(forward, model)
+    _replace_forward(model, forward)
 
 
 def _install_head_forward(head: nn.Linear, transform: LogitsTransform) -> None:
-    original: Any = head.forward
-
-    @functools.wraps(original.__func__)
-    def forward(self: nn.Linear, hidden: Tensor, targets: Tensor | None = None) -> Any:
+    def forward(
+        original: Callable[..., Any],
+        hidden: Tensor,
+        targets: Tensor | None = None,
+        num_active: int | None = None,
+    ) -> Any:
         if targets is None:
             return original(hidden)
         return linear_logprobs(
             hidden,
-            self.weight,
+            head.weight,
             targets,
-            bias=self.bias,
-            tp_group=getattr(self, "tp_group", None),
+            bias=head.bias,
+            tp_group=getattr(head, "tp_group", None),
             logits_scale=transform.scale,
             softcap=transform.softcap,
+            num_active=num_active,
         )
 
-    setattr(head, _MARK, original)
-    head.forward = MethodType(forward, head)  # type: ignore[method-assign]
+    _replace_forward(head, forward)
+
+
+def _replace_forward(module: nn.Module, forward: Callable[..., Any]) -> None:
+    """Let ``forward``, whose first argument is the original, take its place.
+
+    Under accelerate's hooks, where there are any (``device_map`` over several devices):
+    they move inputs to where the weights are.
+    """
+    name = "_old_forward" if hasattr(module, "_hf_hook") else "forward"
+    original = getattr(module, name)
+    setattr(module, _MARK, original)
+
+    # The Trainer reads the names of a model's inputs off the signature.
+    @functools.wraps(original)
+    def replacement(*args: Any, **kwargs: Any) -> Any:
+        return forward(original, *args, **kwargs)
+
+    setattr(module, name, replacement)
 
 
 def _head_logprobs(
-    head: nn.Module, hidden: Tensor, targets: Tensor, transform: LogitsTransform
+    head: nn.Module,
+    hidden: Tensor,
+    targets: Tensor,
+    num_active: int | None,
+    transform: LogitsTransform,
 ) -> tuple[Tensor, Tensor]:
     """[T, H] and [T] -> log-probs and entropy [T], through the head's own call."""
     if hasattr(head, _MARK):
-        return head(hidden, targets)
+        return head(hidden, targets, num_active)
     # A head that is more than a matrix (LoRA on lm_head, quantized): its logits must
     # exist, but only for the rows that need them.
-    rows = (targets != IGNORE_INDEX).nonzero().squeeze(1)
+    active = targets != IGNORE_INDEX
+    if num_active is None:
+        num_active = int(active.sum())
+    rows = torch.nonzero_static(active, size=num_active).squeeze(1)
     logits = transform(head(hidden[rows]))
-    logprobs, entropy = vocab_parallel_logprobs(logits, targets[rows])
+    logprobs, entropy = vocab_parallel_logprobs(
+        logits, targets[rows], num_active=num_active
+    )
     empty = logprobs.new_zeros(targets.shape)
     return empty.index_copy(0, rows, logprobs), empty.index_copy(0, rows, entropy)
 

@@ -55,15 +55,17 @@ def linear_logprobs(
     logits_scale: float = 1.0,
     with_entropy: bool = True,
     tile_shape: tuple[int, int] | None = None,
+    num_active: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Log-probs of the targets and entropies, from hidden states, without logits.
 
     The result is a function of the inputs alone, bit for bit: grad mode and
     `with_entropy` do not change the log-probs, so a ratio on unmoved weights is 1.
 
-    Ignored rows cost nothing; rows whose incoming gradient is exactly zero (clipped
-    tokens) cost nothing in backward; neither do weights or hidden states that need no
-    gradient. Sums are float32 whatever the inputs (float64 for float64 inputs).
+    Ignored rows cost nothing; neither do weights or hidden states that need no
+    gradient, nor, on a CPU, rows whose incoming gradient is exactly zero (clipped
+    tokens). Sums are float32 whatever the inputs (float64 for float64 inputs). With
+    `num_active` the host does not wait for the device, in forward or in backward.
 
     With `tp_group`, every rank passes the same hidden, targets and settings, and its
     equal shard of weight and bias, in rank order. Collectives: one all-gather of
@@ -84,6 +86,9 @@ def linear_logprobs(
         with_entropy: False returns zeros for the entropies.
         tile_shape: rows and vocabulary of one tile of logits. None: 1024 x 1024; on a
             GPU all active rows x 4096.
+        num_active: how many targets are not `ignore_index`, of a caller that knows, and
+            that has seen to it that they are in the vocabulary. None: they are counted
+            and checked here.
 
     Returns:
         Log-probs and entropies in nats, [T], float32 (float64 for float64 inputs).
@@ -103,7 +108,7 @@ def linear_logprobs(
         )
     dtype = _matmul_dtype(hidden, weight)
     start, num_ids, num_all = _shard(len(weight), tp_group, vocab_size)
-    rows = _active_rows(targets, hidden, num_all, ignore_index)
+    rows = _active_rows(targets, hidden, num_all, ignore_index, num_active)
     if tile_shape is None:
         # A GPU fills itself with many rows and then reads the weight once; a CPU wants
         # the tile to stay in its last cache.
@@ -195,6 +200,7 @@ def vocab_parallel_logprobs(
     vocab_size: int | None = None,
     with_entropy: bool = True,
     inplace_backward: bool = False,
+    num_active: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Log-probs of the targets and entropies, from logits that exist already.
 
@@ -215,6 +221,7 @@ def vocab_parallel_logprobs(
         inplace_backward: backward overwrites the logits with their gradient. For
             callers that drop the logits; autograd raises an error where another
             function still needs them.
+        num_active: see :func:`linear_logprobs`.
 
     Returns:
         Log-probs and entropies in nats, [T], float32 (float64 for float64 inputs).
@@ -231,7 +238,7 @@ def vocab_parallel_logprobs(
     if logits.dim() != 2:
         raise ValueError(f"logits must be [T, V/tp], got {list(logits.shape)}.")
     start, num_ids, num_all = _shard(logits.shape[1], tp_group, vocab_size)
-    rows = _active_rows(targets, logits, num_all, ignore_index)
+    rows = _active_rows(targets, logits, num_all, ignore_index, num_active)
     exact = torch.float64 if logits.dtype == torch.float64 else torch.float32
     # Rows enough to amortize a call, few enough to stay in a CPU's last cache.
     num_rows = 4096 if logits.is_cuda else max(1, (1 << 21) // logits.shape[1])
@@ -351,7 +358,11 @@ def _shard(
 
 
 def _active_rows(
-    targets: Tensor, scores: Tensor, num_all: int, ignore_index: int
+    targets: Tensor,
+    scores: Tensor,
+    num_all: int,
+    ignore_index: int,
+    num_active: int | None = None,
 ) -> Tensor:
     """Indices of the rows that are not ignored; refuses ids outside [0, num_all)."""
     if targets.shape != scores.shape[:1] or targets.is_floating_point():
@@ -360,6 +371,12 @@ def _active_rows(
             f"{targets.dtype} {list(targets.shape)}."
         )
     active = targets != ignore_index
+    if num_active is None:
+        num_active = _count(targets, active, num_all, ignore_index)
+    return torch.nonzero_static(active, size=num_active).squeeze(1)
+
+
+def _count(targets: Tensor, active: Tensor, num_all: int, ignore_index: int) -> int:
     outside = active & ((targets < 0) | (targets >= num_all))
     # The one device sync of forward: how many rows are active, and is any id bad.
     num_active, num_outside = torch.stack((active.sum(), outside.sum())).tolist()
@@ -370,7 +387,7 @@ def _active_rows(
             f"[0, {num_all}). Use ids of the model's own tokenizer, or {ignore_index} "
             "for a row without a target."
         )
-    return torch.nonzero_static(active, size=num_active).squeeze(1)
+    return num_active
 
 
 def _moving_rows(
@@ -378,9 +395,12 @@ def _moving_rows(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Of the active rows, those with an incoming gradient: a clipped token has none.
 
-    Ranks of one tp group see the same gradient bits, so they keep the same rows.
+    Ranks of one tp group see the same gradient bits, so they keep the same rows. On a
+    device that the host runs ahead of, all are kept: to count them is to wait for it.
     """
     g = grad[rows].to(lse.dtype)
+    if g.device.type != "cpu":
+        return rows, g, lse
     keep = g.nonzero().squeeze(1)
     return rows[keep], g[keep], lse[keep]
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from axolotl_psft import files
@@ -41,12 +42,26 @@ class Window:
     """The optimizer steps still to run under the current old policy.
 
     ``start_step`` is the global step of the last refresh. Every micro-batch but those
-    of the step ``start_step`` carries ``old_logprobs`` [B, S], float32. (With the
-    objective ``sft_kl`` a window is one step, and they are the initial policy's.)
+    of the step ``start_step`` has old log-probs attached. (With the objective
+    ``sft_kl`` a window is one step, and they are the initial policy's.)
     """
 
     start_step: int = 0
     steps: deque[Step] = field(default_factory=deque)
+
+
+def attach(batch: Batch, logprobs: Tensor) -> None:
+    """Let ``logprobs`` [B, S], float32, go with a micro-batch to its loss.
+
+    As bits: what wraps a model casts what floats to the dtype of its weights, and the
+    ratio of two policies a step apart is lost in 16 bits.
+    """
+    batch["old_logprobs"] = logprobs.view(torch.int32)
+
+
+def attached(bits: Tensor) -> Tensor:
+    """What :func:`attach` was given."""
+    return bits.view(torch.float32)
 
 
 def collect(batches: Iterator[Batch], num_steps: int, num_batches: int) -> list[Step]:
@@ -99,7 +114,7 @@ def save_window(
     batches = [batch for step in window.steps for batch in step.batches]
     # contiguous, and cloned off views: safetensors refuses both otherwise.
     tensors = {
-        f"old_logprobs.{i}": batch["old_logprobs"].detach().cpu().contiguous().clone()
+        f"old_logprobs.{i}": attached(batch["old_logprobs"]).cpu().contiguous().clone()
         for i, batch in enumerate(batches)
     }
     header = {
@@ -147,7 +162,7 @@ class SavedWindow:
                 expected, old_logprobs = next(saved)
                 if digest(batch) != expected:
                     raise self._other_data("a micro-batch holds other tokens")
-                batch["old_logprobs"] = old_logprobs.to(batch["input_ids"].device)
+                attach(batch, old_logprobs.to(batch["input_ids"].device))
             window.steps.append(step)
         return window
 

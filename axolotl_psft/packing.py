@@ -66,21 +66,55 @@ def attention_lengths(position_ids: Tensor) -> dict[str, Any]:
 
     Returns:
         By transformers' names: ``cu_seq_lens_q`` and ``cu_seq_lens_k``, [N + 1] int32
-        on the device of ``position_ids``, 0 and the end of each of the N samples in the
-        flattened batch; ``max_length_q`` and ``max_length_k``, int, tokens of the
-        longest. One host synchronization.
+        on the host, 0 and the end of each of the N samples in the flattened batch;
+        ``max_length_q`` and ``max_length_k``, int, tokens of the longest. Waits for the
+        device where ``position_ids`` are on one.
     """
     on_host = position_ids.cpu()
     starts = sample_starts(on_host, on_host).flatten().nonzero().flatten()
     ends = torch.cat([starts, torch.tensor([on_host.numel()])]).to(torch.int32)
     longest = int(ends.diff().max())
-    on_device = ends.to(position_ids.device, non_blocking=True)
     return {
-        "cu_seq_lens_q": on_device,
-        "cu_seq_lens_k": on_device,
+        "cu_seq_lens_q": ends,
+        "cu_seq_lens_k": ends,
         "max_length_q": longest,
         "max_length_k": longest,
     }
+
+
+def count_on_host(batch: dict[str, Any], vocab_size: int) -> None:
+    """Add ``num_active``, the number of active tokens, to a micro-batch; once.
+
+    The host must know it to prepare the head's work. Waits for the device: to be called
+    while that has nothing to do.
+
+    Args:
+        batch: ``labels`` [B, S]; ``position_ids`` and ``attention_mask`` as in
+            :func:`supervised_targets`.
+        vocab_size: of the model.
+
+    Raises:
+        ValueError: a target is outside the vocabulary.
+    """
+    if "num_active" in batch:
+        return
+    targets = targets_of(batch).cpu()
+    active = targets[targets != IGNORE_INDEX]
+    outside = active[(active < 0) | (active >= vocab_size)]
+    if len(outside):
+        raise ValueError(
+            f"labels: {int(outside[0])} is outside the model's vocabulary "
+            f"[0, {vocab_size}). Use the model's own tokenizer, or resize_token_"
+            "embeddings once and save."
+        )
+    batch["num_active"] = len(active)
+
+
+def targets_of(batch: dict[str, Any]) -> Tensor:
+    """:func:`supervised_targets` of a micro-batch, on its device."""
+    return supervised_targets(
+        batch["labels"], batch.get("position_ids"), batch.get("attention_mask")
+    )
 
 
 def shift_left(targets: Tensor) -> Tensor:

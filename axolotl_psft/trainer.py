@@ -3,7 +3,7 @@
 Joins the rooms: windows (old_policy.py), initial policy (initial_policy.py), log-probs
 (causal_lm.py), loss (objective.py), metrics (metrics.py), data order (sampling.py),
 checkpoints (checkpoints.py, same_run.py), failures (failures.py), ReLoRA's restarts
-(relora.py), adapters in FSDP2 (fsdp.py). No maths lives here.
+(relora.py). No maths lives here.
 """
 
 import contextlib
@@ -35,7 +35,6 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, has_length
 from axolotl_psft import (
     checkpoints,
     failures,
-    fsdp,
     initial_policy,
     old_policy,
     relora,
@@ -58,7 +57,8 @@ from axolotl_psft.old_policy import Batch, SavedWindow, Step, Window
 from axolotl_psft.packing import (
     IGNORE_INDEX,
     attention_lengths,
-    supervised_targets,
+    count_on_host,
+    targets_of,
 )
 from axolotl_psft.sampling import EpochMultipackBatchSampler, set_sampler_epoch
 
@@ -66,6 +66,9 @@ LOG = get_logger(__name__)
 
 # Scoring that takes longer than this shows a progress bar.
 _PROGRESS_AFTER_SECONDS = 5.0
+
+# Settings of the block that change no step; kl_coef is another objective's.
+_NOT_OF_THE_OBJECTIVE = {"sequence_parallel", "kl_coef", "check_data_files"}
 
 _TOKEN_COUNTS = {"tokens/trainable", "tokens/total", "tokens/train_per_sec_per_gpu"}
 
@@ -124,9 +127,12 @@ class PSFTTrainer(AxolotlTrainer, _CorrectedLogs):  # type: ignore[misc]
         is_packed = getattr(self.args, "sample_packing", False)
         self._takes_lengths = bool(is_packed) and takes_lengths(model)
         self.psft = psft or PSFTConfig()
+        self._check_loss_func(None)
         # The loss divides by the step's tokens itself: the Trainer must not average
-        # over micro-batches again, which it does unless a loss function is set.
+        # over micro-batches again, which it does unless a loss function is set, nor
+        # multiply by the number of ranks.
         self.compute_loss_func = self._loss
+        self.args.average_tokens_across_devices = False
         # The Trainer would replace a NaN by the running mean and train on.
         self.args.logging_nan_inf_filter = False
         self._initial_policy: InitialPolicy | None = None
@@ -136,6 +142,20 @@ class PSFTTrainer(AxolotlTrainer, _CorrectedLogs):  # type: ignore[misc]
         self._resumed_window: SavedWindow | None = None
         self._settings: dict[str, Any] = {}
         self._reset_run_state()
+
+    def _check_loss_func(self, expected: Any) -> None:
+        """Refuse a loss that another option, plugin or caller has set.
+
+        Raises:
+            ValueError: there is one.
+        """
+        found = self.compute_loss_func
+        if found != expected:
+            raise ValueError(
+                f"compute_loss_func: {getattr(found, '__name__', found)} replaces the "
+                "loss, and psft brings its own. Remove the option or the plugin that "
+                "sets it, or the psft block."
+            )
 
     @property
     def is_stream(self) -> bool:
@@ -164,11 +184,9 @@ class PSFTTrainer(AxolotlTrainer, _CorrectedLogs):  # type: ignore[misc]
         device = self.args.device
         self._window = Window()
         self._saved_window: SavedWindow | None = None
-        self._updates_left_in_epoch = 0
         self._train_sums = TokenSums(device)
         self._score_seconds = 0.0
         self._step_loss = torch.zeros((), device=device)
-        self._old_logprobs: Tensor | None = None
         self._eval_sums = torch.zeros(3, dtype=torch.float64, device=device)
         self._logits_checked = False
 
@@ -251,19 +269,6 @@ class PSFTTrainer(AxolotlTrainer, _CorrectedLogs):  # type: ignore[misc]
         callbacks = self.callback_handler.callbacks
         return [each for each in callbacks if isinstance(each, ReLoRACallback)]
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, *args: Any) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, *args)
-        self._load_adapter(Path(resume_from_checkpoint))
-
-    def _load_best_model(self) -> None:
-        super()._load_best_model()
-        if best := self.state.best_model_checkpoint:
-            self._load_adapter(Path(best))
-
-    def _load_adapter(self, checkpoint: Path) -> None:
-        if self.accelerator.is_fsdp2:
-            fsdp.load_adapter(self.accelerator.unwrap_model(self.model), checkpoint)
-
     def _read_checkpoint(self, checkpoint: Path | None) -> None:
         """Before weights are read: is it complete, and of a run like this one?
 
@@ -311,7 +316,7 @@ class PSFTTrainer(AxolotlTrainer, _CorrectedLogs):  # type: ignore[misc]
         if self.psft.objective == "sft_kl":
             return self.psft.model_dump(include={"objective", "kl_coef"})
         return {
-            **self.psft.model_dump(exclude={"sequence_parallel", "kl_coef", "check_data_files"}),
+            **self.psft.model_dump(exclude=_NOT_OF_THE_OBJECTIVE),
             # What takes part in the objective, not how it was written.
             "epsilon": self.psft.epsilon if self.psft.epsilon_high is None else None,
         }
@@ -407,19 +412,9 @@ class PSFTTrainer(AxolotlTrainer, _CorrectedLogs):  # type: ignore[misc]
     # ---- Windows ----
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        epoch = kwargs["epoch"]
-        set_sampler_epoch(kwargs["train_dataloader"], epoch)
+        set_sampler_epoch(kwargs["train_dataloader"], kwargs["epoch"])
         # A window never spans two epochs; one left over is from an epoch cut short.
         self._window.steps.clear()
-        resumed_here = (
-            kwargs["resume_from_checkpoint"] is not None
-            and epoch == kwargs["epochs_trained"]
-        )
-        batches_done = kwargs["steps_trained_in_current_epoch"] if resumed_here else 0
-        self._updates_left_in_epoch = (
-            kwargs["num_update_steps_per_epoch"]
-            - batches_done // self.args.gradient_accumulation_steps
-        )
         super()._run_epoch(*args, **kwargs)
 
     def get_batch_samples(
@@ -435,7 +430,6 @@ class PSFTTrainer(AxolotlTrainer, _CorrectedLogs):  # type: ignore[misc]
             self._count_tokens(self._window.steps)
         if not self._window.steps:
             self._start_window(epoch_iterator)
-        self._updates_left_in_epoch -= 1
         if not self._window.steps:
             return [], None
         step = self._window.steps.popleft()
@@ -444,9 +438,8 @@ class PSFTTrainer(AxolotlTrainer, _CorrectedLogs):  # type: ignore[misc]
     def _start_window(self, epoch_iterator: Iterator[Batch]) -> None:
         start = self.state.global_step
         num_steps = self.psft.refresh_steps if self._in_psft_phase(start) else 1
-        num_steps = min(
-            num_steps, self._updates_left_in_epoch, self.state.max_steps - start
-        )
+        # It ends with the epoch's data, not with the run: one that is resumed with more
+        # steps finds the rest.
         steps = old_policy.collect(
             epoch_iterator, num_steps, self.args.gradient_accumulation_steps
         )
@@ -459,7 +452,7 @@ class PSFTTrainer(AxolotlTrainer, _CorrectedLogs):  # type: ignore[misc]
         self._score([batch for step in steps[1:] for batch in step.batches])
         if self._initial_policy is not None:
             for batch in (batch for step in steps for batch in step.batches):
-                batch["old_logprobs"] = self._initial_policy.logprobs(batch)
+                old_policy.attach(batch, self._initial_policy.logprobs(batch))
         self._window = Window(start)
         self._window.steps.extend(steps)
 
@@ -485,7 +478,10 @@ class PSFTTrainer(AxolotlTrainer, _CorrectedLogs):  # type: ignore[misc]
         steps = list(steps)
         if not steps:
             return
-        counts = torch.stack([_num_active(step) for step in steps]).to(self.args.device)
+        for batch in (batch for step in steps for batch in step.batches):
+            self._complete(batch)
+        sums = [sum(batch["num_active"] for batch in step.batches) for step in steps]
+        counts = torch.tensor(sums, device=self.args.device)
         if dist.is_initialized():
             dist.all_reduce(counts, group=self._data_group)
         for step, count in zip(steps, counts, strict=True):
@@ -497,7 +493,7 @@ class PSFTTrainer(AxolotlTrainer, _CorrectedLogs):  # type: ignore[misc]
     def _score(self, batches: list[Batch]) -> None:
         """Attach the current policy's log-probs to each micro-batch."""
         for batch, logprobs in self._scored(batches, "the old policy"):
-            batch["old_logprobs"] = logprobs
+            old_policy.attach(batch, logprobs)
 
     @torch.no_grad()
     def _scored(
@@ -620,19 +616,20 @@ class PSFTTrainer(AxolotlTrainer, _CorrectedLogs):  # type: ignore[misc]
     # ---- Loss ----
 
     def _prepare_inputs(self, inputs: Batch) -> Batch:
-        # Into the caller's batch: one that is scored and then trained on has them twice
-        # for the price of once.
-        if self._takes_lengths and "cu_seq_lens_q" not in inputs:
-            inputs.update(attention_lengths(inputs["position_ids"]))
-        # Kept from the rest of the way to the loss: the Trainer (with DeepSpeed) and
-        # FSDP2 cast what floats to the dtype of the weights, and the ratio of two
-        # policies a step apart is lost in 16 bits.
-        others = dict(inputs)
-        old_logprobs = others.pop("old_logprobs", None)
-        if old_logprobs is not None:
-            old_logprobs = old_logprobs.to(self.args.device)
-        self._old_logprobs = old_logprobs
-        return super()._prepare_inputs(others)
+        self._complete(inputs)
+        return super()._prepare_inputs(inputs)
+
+    def _complete(self, batch: Batch) -> None:
+        """Add what the host must know of a micro-batch; of a window's, ahead of time.
+
+        Into the caller's: one that is scored and then trained on has it twice for the
+        price of once.
+        """
+        count_on_host(batch, self.model.config.get_text_config().vocab_size)
+        is_packed = self._takes_lengths and "position_ids" in batch
+        # Axolotl's collator has added them to what flash-attn gets.
+        if is_packed and "cu_seq_lens_q" not in batch:
+            batch.update(attention_lengths(batch["position_ids"]))
 
     def compute_loss(
         self,
@@ -653,7 +650,7 @@ class PSFTTrainer(AxolotlTrainer, _CorrectedLogs):  # type: ignore[misc]
         """
         return super().compute_loss(
             model,
-            {**inputs, "logprob_targets": _targets(inputs)},
+            {**inputs, "logprob_targets": targets_of(inputs)},
             return_outputs=return_outputs,
             num_items_in_batch=num_items_in_batch,
         )
@@ -673,21 +670,21 @@ class PSFTTrainer(AxolotlTrainer, _CorrectedLogs):  # type: ignore[misc]
                 f"{type(self.model_wrapped).__name__} casts the model's outputs. Turn "
                 "that off in its mixed-precision policy."
             )
+        bits = output.old_logprobs
+        old = logprobs.detach() if bits is None else old_policy.attached(bits)
         if self._in_psft_phase(self.state.global_step):
-            old = self._old_logprobs
             loss, sums = psft_loss(
                 logprobs,
-                logprobs.detach() if old is None else old,
+                old,
                 mask,
                 epsilon=self.psft.epsilon,
                 epsilon_high=self.psft.epsilon_high,
                 num_tokens=num_items_in_batch,
             )
         elif self._initial_policy is not None:
-            assert self._old_logprobs is not None
             loss, sums = sft_kl_loss(
                 logprobs,
-                self._old_logprobs,
+                old,
                 mask,
                 kl_coef=self.psft.kl_coef,
                 num_tokens=num_items_in_batch,
@@ -715,13 +712,15 @@ class PSFTTrainer(AxolotlTrainer, _CorrectedLogs):  # type: ignore[misc]
         """The Trainer's; where several ranks fail, all name the one that was first.
 
         Raises:
-            ValueError: the checkpoint to resume from was never completed.
+            ValueError: the checkpoint to resume from was never completed, or another
+                loss was set.
             WindowFileError: it is damaged, or of a run with other settings.
             CheckpointError: a checkpoint could not be written.
             NonFiniteLossError: see there.
             DataWorkerError: a process of the data loader ended.
             PeerFailedError: another rank failed, was killed or hangs.
         """
+        self._check_loss_func(self._loss)
         resume = kwargs.get("resume_from_checkpoint", args[0] if args else None)
         is_path = isinstance(resume, (str, os.PathLike))
         self._resumed_from = Path(resume) if is_path else None  # type: ignore[arg-type]
@@ -898,14 +897,3 @@ def _num_masked(samples: Any) -> int:
         ends = np.asarray(labels.value_lengths()).cumsum()
         num_masked += int((np.diff(before[ends], prepend=0) == 0).sum())
     return num_masked
-
-
-def _targets(batch: Batch) -> Tensor:
-    return supervised_targets(
-        batch["labels"], batch.get("position_ids"), batch.get("attention_mask")
-    )
-
-
-def _num_active(step: Step) -> Tensor:
-    counts = [(_targets(batch) != IGNORE_INDEX).sum() for batch in step.batches]
-    return torch.stack(counts).sum()

@@ -184,7 +184,9 @@ def stand_in_for_flash_attn(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, A
 
     functions = (dense, varlen, None, None, None)
     monkeypatch.setattr(
-        utils, "lazy_import_flash_attention", lambda *_: (functions, process)
+        utils,
+        "lazy_import_flash_attention",
+        lambda *_: (functions, (process, None)),
     )
     return calls
 
@@ -326,6 +328,14 @@ def test_a_gpu_recipe_runs_on_a_cpu_and_agrees_with_sdpa(
     _check_runs_agree(varlen, sdpa_packed)
     # Once for each micro-batch, though most are scored before they are trained on.
     assert len(computed) == len(batches) > 8
+
+
+def test_packed_training_with_unpacked_evaluation(tiny: Path, tmp_path: Path) -> None:
+    options = {**PACKED, "eval_sample_packing": False, "eval_batch_size": 4}
+    options |= eval_data(tiny)
+    flash = {"attn_implementation": "flash_attention_2"}
+    varlen = run(config(tiny, tmp_path, **options, **flash))
+    _check_runs_agree(varlen, run(config(tiny, tmp_path, **options)))
 
 
 @pytest.mark.parametrize("name", ["flash_attention_2", "flex_attention", "eager"])

@@ -18,6 +18,7 @@ from axolotl_psft.causal_lm import (
     unwrap_peft,
 )
 from axolotl_psft.packing import IGNORE_INDEX
+from tests.host_waits import HostWaits
 
 VOCABULARY = 61
 COMMON = {
@@ -240,6 +241,68 @@ def test_saving_and_loading_knows_nothing_of_it(tmp_path):
     with torch.no_grad():
         assert torch.equal(again(tokens).logits, model(tokens).logits)
     assert again.state_dict().keys() == model.state_dict().keys()
+
+
+def test_under_accelerates_hooks():
+    from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+
+    plain, hooked = make(), make()
+    moved = []
+
+    class Hook(AlignDevicesHook):
+        def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            moved.append(type(module).__name__)
+            return super().pre_forward(module, *args, **kwargs)
+
+    # As `device_map` over several devices puts them.
+    add_hook_to_module(hooked, Hook(execution_device="cpu", io_same_device=True))
+    add_hook_to_module(hooked.lm_head, Hook(execution_device="cpu"))
+    tokens, targets = example()
+    outputs = []
+    for model in (plain, hooked):
+        install_logprobs_forward(model)
+        outputs.append(model(input_ids=tokens, logprob_targets=targets))
+    assert torch.equal(outputs[0].logprobs, outputs[1].logprobs)
+    assert moved == ["Qwen3ForCausalLM", "Linear"]
+    assert torch.equal(plain(tokens).logits, hooked(tokens).logits)
+
+
+def test_old_logprobs_are_handed_through():
+    model = make()
+    install_logprobs_forward(model)
+    tokens, targets = example()
+    old = torch.randn(targets.shape).view(torch.int32)
+    output = model(input_ids=tokens, logprob_targets=targets, old_logprobs=old)
+    assert output.old_logprobs is old
+    assert model(input_ids=tokens, logprob_targets=targets).old_logprobs is None
+
+
+@pytest.mark.parametrize("options", [{}, {"target_modules": ["q_proj", "lm_head"]}])
+def test_the_host_does_not_wait_where_the_number_of_targets_is_known(
+    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+):
+    from axolotl_psft import logprobs
+
+    model = make("Qwen3 untied")
+    if options:
+        model = peft.get_peft_model(model, peft.LoraConfig(r=2, **options))
+    install_logprobs_forward(unwrap_peft(model))
+    # Rows without a gradient are left out on a CPU only, which waits for nobody.
+    keep_all = lambda rows, grad, lse: (rows, grad[rows].to(lse.dtype), lse)  # noqa: E731
+    monkeypatch.setattr(logprobs, "_moving_rows", keep_all)
+    tokens, targets = example()
+    num_active = int((targets[:, 1:] != IGNORE_INDEX).sum())
+
+    def waits(**given: Any) -> int:
+        with HostWaits() as mode:
+            output = model(input_ids=tokens, **given)
+            output[0].sum().backward()
+        return mode.total
+
+    # transformers looks once whether the row is packed.
+    backbone = waits(use_cache=False)
+    assert waits(logprob_targets=targets, num_active=num_active) == backbone
+    assert waits(logprob_targets=targets) > backbone
 
 
 def test_labels_are_ignored_and_nothing_is_cached():

@@ -387,6 +387,21 @@ def test_what_tells_that_a_worker_ended() -> None:
     assert not is_worker(raised(ValueError(), *taking))
 
 
+def test_what_tells_that_a_connection_broke() -> None:
+    gloo = "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:534] "
+    for text in (
+        gloo + "Connection closed by peer [127.0.0.1]:4711",
+        gloo + "Timed out waiting 30000ms for recv operation to complete",
+        "Application timeout caused pair closure",
+    ):
+        assert failures.is_of_connection(RuntimeError(text))
+    for error in (
+        RuntimeError("/data/igloo/train.jsonl: row 3 has no text"),
+        FileNotFoundError("/third_party/gloo/data.jsonl"),
+    ):
+        assert not failures.is_of_connection(error)
+
+
 @pytest.mark.parametrize("seed", seeds(1, 6))
 def test_a_data_loader_worker_is_killed(
     seed: int, files: Path, undisturbed: Undisturbed, tmp_path: Path

@@ -5,6 +5,7 @@ import torch
 
 from axolotl_psft.packing import (
     IGNORE_INDEX,
+    count_on_host,
     shift_left,
     shift_right,
     supervised_targets,
@@ -63,3 +64,18 @@ def test_a_gradient_passes_through_the_shift():
     logprobs = torch.zeros(1, 3, requires_grad=True)
     (shift_right(logprobs) * torch.tensor([[1.0, 2.0, 3.0]])).sum().backward()
     assert logprobs.grad.tolist() == [[2.0, 3.0, 0.0]]
+
+
+def test_active_tokens_are_counted_once():
+    batch = {"labels": torch.tensor([[5, 6, 7], [X, 8, X]])}
+    count_on_host(batch, vocab_size=9)
+    assert batch["num_active"] == 3
+    batch["labels"].fill_(X)
+    count_on_host(batch, vocab_size=9)
+    assert batch["num_active"] == 3
+
+
+@pytest.mark.parametrize("label", [9, -1])
+def test_a_label_outside_the_vocabulary_is_named(label: int):
+    with pytest.raises(ValueError, match=rf"labels: {label} is outside .* \[0, 9\)"):
+        count_on_host({"labels": torch.tensor([[1, label]])}, vocab_size=9)

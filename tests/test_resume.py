@@ -67,6 +67,25 @@ def steps_to_stop_at(trainer: Any) -> dict[str, int]:
     }
 
 
+@pytest.mark.parametrize(
+    ("short", "long"),
+    [({"max_steps": 6}, {"max_steps": 14}), ({"num_epochs": 1}, {"num_epochs": 2})],
+    ids=["steps", "epochs"],
+)
+def test_a_longer_run_goes_on_where_a_shorter_one_ended(
+    noisy: Path, tmp_path: Path, short: dict[str, Any], long: dict[str, Any]
+) -> None:
+    given = options(False, max_steps=None)
+    whole = run(config(noisy, tmp_path / "whole", **{**given, **long}))
+    cut = run(config(noisy, tmp_path / "cut", **{**given, **short}))
+    step = cut.state.global_step
+    # In the middle of a window, or at its and the epoch's end.
+    assert train_logs(whole)[step]["psft/old_policy_age"] == (1 if step == 6 else 0)
+    resume = {"resume_from_checkpoint": f"{tmp_path}/cut/run/checkpoint-{step}"}
+    resumed = run(config(noisy, tmp_path / "resumed", **{**given, **long}, **resume))
+    assert bits(resumed, step) == bits(whole, step)
+
+
 def test_resume_is_exact_to_the_last_bit(
     noisy: Path, undisturbed: tuple[bool, Path, Any], tmp_path: Path
 ) -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from axolotl_psft.metrics import TokenSums
 from tests.tiny import PROMPT, column, config, eval_data, run, train_logs, write_dataset
 
 # Same maths, other summation order, in float32: a few units in the last place (1e-7)
@@ -200,8 +201,9 @@ def test_scoring_costs_one_forward_less_than_the_window(
 
     monkeypatch.setattr(PSFTTrainer, "_score", count)
     trainer = run(config(tiny, tmp_path, gradient_accumulation_steps=2, max_steps=6))
-    # 4 steps of 2 micro-batches, then 2: all but the first step's are scored.
-    assert scored == [6, 2]
+    # 4 steps of 2 micro-batches each: all but the first step's are scored. The second
+    # window goes beyond the end of the run, for one that resumes it.
+    assert scored == [6, 6]
     seconds = column(trainer, "psft/score_seconds")
     assert [s > 0 for s in seconds] == [True, False, False, False, True, False]
 
@@ -384,6 +386,42 @@ def test_a_non_finite_gradient_stops_the_run(
         run(config(tiny, tmp_path))
 
 
+def test_old_logprobs_stay_with_their_micro_batch(psft_run: Any) -> None:
+    trainer = psft_run
+    batches = list(trainer.get_train_dataloader())[:2]
+    trainer._score(batches)
+    prepared = [trainer._prepare_inputs(batch) for batch in batches]
+    trainer._train_sums = TokenSums("cpu")
+    trainer.model.train()
+    for inputs in prepared:
+        trainer.compute_loss(trainer.model, inputs, num_items_in_batch=1)
+    assert trainer._train_sums.reduce()["ratio_max"] == 1.0
+
+
+def test_another_loss_function_is_refused(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from axolotl_psft.trainer import PSFTTrainer
+
+    def other(*args: Any, **kwargs: Any) -> None: ...
+
+    message = r"compute_loss_func: other replaces the loss, .* Remove the option"
+    original = PSFTTrainer.__init__
+
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **{**kwargs, "compute_loss_func": other})
+
+    monkeypatch.setattr(PSFTTrainer, "__init__", init)
+    with pytest.raises(ValueError, match=message):
+        run(config(tiny, tmp_path))
+    monkeypatch.undo()
+
+    trainer = run(config(tiny, tmp_path, max_steps=1))
+    trainer.compute_loss_func = other
+    with pytest.raises(ValueError, match=message):
+        trainer.train()
+
+
 def test_warm_up_longer_than_the_run_is_said(
     tiny: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -411,6 +449,9 @@ def test_lora_trains_the_adapter_with_ratio_one_first(
             lora_r=4,
             lora_alpha=8,
             lora_target_linear=True,
+            # A step of plain descent moves an adapter less than the data's noise.
+            optimizer="adamw_torch",
+            learning_rate=0.02,
             # Axolotl's fused LoRA kernels need a GPU.
             lora_mlp_kernel=False,
             lora_qkv_kernel=False,

@@ -78,8 +78,49 @@ def main(tiny: Path, output: Path) -> dict[str, Any]:
     )
     results["sft_kl, resumed"] = logs(run(cfg), 9)
 
+    results["tokens averaged"] = tokens_averaged(tiny, output / "averaged")
+    results["files read"] = files_read(tiny, output / "read")
     results["error"] = nan_on_one_rank(tiny, output / "nan")
     return results
+
+
+def tokens_averaged(tiny: Path, output: Path) -> list[list[float]]:
+    """A run whose arguments want losses multiplied by the number of ranks."""
+    from axolotl_psft.trainer import PSFTTrainer
+
+    original = PSFTTrainer.__init__
+
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        kwargs["args"].average_tokens_across_devices = True
+        original(self, *args, **kwargs)
+
+    PSFTTrainer.__init__ = init
+    try:
+        return logs(run(config(tiny, output, micro_batch_size=4)))
+    finally:
+        PSFTTrainer.__init__ = original
+
+
+def files_read(tiny: Path, output: Path) -> list[int]:
+    """How many data files this rank reads in each of two starts of a run."""
+    from axolotl_psft import data_files
+
+    original, read = data_files.check_file, [0]
+
+    def count(*args: Any, **kwargs: Any) -> int:
+        read[-1] += 1
+        return original(*args, **kwargs)
+
+    data_files.check_file = count
+    cfg = config(tiny, output, max_steps=1, **eval_data(tiny))
+    cfg["dataset_prepared_path"] = str(output / "prepared")
+    try:
+        run(dict(cfg))
+        read.append(0)
+        run(dict(cfg))
+        return read
+    finally:
+        data_files.check_file = original
 
 
 def nan_on_one_rank(tiny: Path, output: Path) -> str:

@@ -365,6 +365,19 @@ def test_a_stream_ends_and_begins_again(
         run_alone(run_cell, folder, tmp_path / "again", cell, {**size, **resume})
 
 
+def test_a_longer_stream_goes_on_where_a_shorter_one_ended(
+    folder: Path, tmp_path: Path
+) -> None:
+    cell, saves = Cell(data="streaming"), {"save_strategy": None, "save_steps": 4}
+    whole, _ = run_alone(run_cell, folder, tmp_path / "whole", cell)
+    # In the middle of a window of three steps.
+    cut = {**saves, "max_steps": 4}
+    run_alone(run_cell, folder, tmp_path / "cut", cell, cut)
+    resume = {"resume_from_checkpoint": str(tmp_path / "cut" / "run" / "checkpoint-4")}
+    resumed, _ = run_alone(run_cell, folder, tmp_path / "resumed", cell, resume)
+    assert resumed == whole
+
+
 def test_relora_restarts_alike_on_all_ranks(folder: Path, tmp_path: Path) -> None:
     # A stream is read by rank 0 for all: the ranks' random states part.
     cell = Cell("DDP", "ReLoRA", "streaming")

@@ -80,6 +80,15 @@ def test_epochs_are_shuffled_anew(ranks: list[Any]) -> None:
     assert first_nll[0] != first_nll[steps_per_epoch]
 
 
+def test_the_trainer_may_not_multiply_by_the_number_of_ranks(ranks: list[Any]) -> None:
+    assert ranks[0]["tokens averaged"] == ranks[0]["plain"]
+
+
+def test_data_files_are_read_by_one_rank_and_once(ranks: list[Any]) -> None:
+    # Training and evaluation; the second start finds them prepared.
+    assert [result["files read"] for result in ranks] == [[2, 0], [0, 0]]
+
+
 def test_a_nan_on_one_rank_stops_both_and_names_it(ranks: list[Any]) -> None:
     for result in ranks:
         assert "the loss of rank 1 is not finite in optimizer step 3" in result["error"]
