@@ -3,7 +3,7 @@
 Axolotl draws new adapters, and which moments of Adam stay, from each rank's own random
 state. Where the states have parted (dropout over batches of other shapes, a stream that
 one rank reads for all) each rank would train on with weights of its own, and nothing
-would tell. patches/axolotl-0.19.0/0005 is the same for Axolotl itself.
+would tell. patches/axolotl-0.21.0/0004 is the same for Axolotl itself.
 """
 
 import contextlib

@@ -1,6 +1,7 @@
 """Data order as a function of seed and epoch only, so that a resumed run sees it again.
 
-Axolotl's packing shuffles with the global generator, whose state differs at resume.
+Axolotl's packing counts its batches in orders drawn from the global generator, whose
+state may differ at resume, and has epochs of different lengths.
 """
 
 import functools
@@ -70,8 +71,9 @@ class EpochMultipackBatchSampler(MultipackBatchSampler):
 def set_sampler_epoch(dataloader: Any, epoch: int) -> None:
     """Tell every sampler under ``dataloader`` the epoch.
 
-    accelerate's wrappers pass it on through some nestings only: not through
-    SkipBatchSampler over BatchSamplerShard, that is, not at resume on several ranks.
+    accelerate's wrappers pass it on through some nestings only, and transformers 5.20
+    reaches one further: not through SkipBatchSampler over BatchSamplerShard, that is,
+    not at resume on several ranks. patches/accelerate-1.15.0/0001 does.
     """
     pending = [getattr(dataloader, "batch_sampler", None)]
     while pending:
@@ -89,9 +91,9 @@ def set_sampler_epoch(dataloader: Any, epoch: int) -> None:
 def keep_mesh_when_skipping() -> None:
     """Let a resumed stream's loader know which ranks share their batches.
 
-    accelerate 1.13 makes a new loader to skip what was trained on, without the device
+    accelerate 1.15 makes a new loader to skip what was trained on, without the device
     mesh of the first: the ranks of a tensor-parallel group would get different batches.
-    patches/accelerate-1.13.0/0002 passes the mesh on; then this sets it again.
+    patches/accelerate-1.15.0/0002 passes the mesh on; then this sets it again.
     """
     skip_first_batches = trainer.skip_first_batches
 

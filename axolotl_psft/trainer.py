@@ -7,7 +7,6 @@ checkpoints (checkpoints.py, same_run.py), failures (failures.py), ReLoRA's rest
 """
 
 import contextlib
-import functools
 import math
 import os
 import shutil
@@ -136,7 +135,6 @@ class PSFTTrainer(AxolotlTrainer, _CorrectedLogs):  # type: ignore[misc]
         # The Trainer would replace a NaN by the running mean and train on.
         self.args.logging_nan_inf_filter = False
         self._initial_policy: InitialPolicy | None = None
-        _load_to_numbered_cpus()
         self._saving: FirstError | None = None
         self._resumed_from: Path | None = None
         self._resumed_window: SavedWindow | None = None
@@ -871,20 +869,6 @@ def _keep_4bit_weights(model: nn.Module) -> None:
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010
-
-
-@functools.cache
-def _load_to_numbered_cpus() -> None:
-    """Let torch.load take "cpu:0" for "cpu".
-
-    It is what transformers asks for on several CPU ranks, and without it their Adam
-    cannot be resumed.
-    """
-
-    def deserialize(storage: Any, location: str) -> Any:
-        return storage if location.startswith("cpu:") else None
-
-    torch.serialization.register_package(100, lambda storage: None, deserialize)
 
 
 def _num_masked(samples: Any) -> int:
