@@ -9,13 +9,19 @@ os.environ.update(
     HF_DATASETS_OFFLINE="1",
     TOKENIZERS_PARALLELISM="false",
     ACCELERATE_USE_CPU="true",
+    AXOLOTL_TEE_STDOUT="0",
     CUDA_VISIBLE_DEVICES="",
 )
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from pathlib import Path
 
+import colorama
 import pytest
+
+# Axolotl lets it wrap the process's streams for good; here they are a test's, and closed
+# with it.
+colorama.init = lambda *args, **kwargs: None
 
 from tests.tiny import write_dataset, write_model
 

@@ -4,6 +4,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -25,19 +26,30 @@ def losses(folder: Path) -> list[tuple[float, float]]:
     return [(e["loss"], e["grad_norm"]) for e in state["log_history"] if "loss" in e]
 
 
+# As if the package were not installed: its entry point is all that Axolotl sees of it.
+HIDDEN = """
+from importlib import metadata
+original = metadata.entry_points
+def entry_points(**kwargs):
+    found = original(**kwargs)
+    return metadata.EntryPoints(p for p in found if "axolotl_psft" not in p.value)
+metadata.entry_points = entry_points
+"""
+
+
 @pytest.fixture(scope="module")
 def launched(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Four runs, two at a time: start-up is most of each."""
     folder = tmp_path_factory.mktemp("launched")
-    runs = {
+    (folder / "hidden").mkdir()
+    (folder / "hidden" / "sitecustomize.py").write_text(HIDDEN)
+    hidden = {"PYTHONPATH": str(folder / "hidden")}
+    off = {"psft": None, "plugins": None}
+    runs: dict[str, tuple[list[str], dict[str, Any], dict[str, str]]] = {
         "accelerate": (MODULE, {"plugins": ["axolotl_psft"]}, {}),
-        "axolotl": ([str(BIN / "axolotl"), "train"], {"plugins": ["axolotl_psft"]}, {}),
-        "without block": (MODULE, {"psft": None, "plugins": None}, {}),
-        "without package": (
-            MODULE,
-            {"psft": None, "plugins": None},
-            {"TORCH_DEVICE_BACKEND_AUTOLOAD": "0"},
-        ),
+        "axolotl": ([str(BIN / "axolotl"), "train"], {"plugins": None}, {}),
+        "without block": (MODULE, off, {}),
+        "without package": (MODULE, off, hidden),
     }
     names = list(runs)
     for pair in (names[:2], names[2:]):
@@ -55,7 +67,7 @@ def launched(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
     return {name: folder / name for name in names}
 
 
-def test_the_bare_plugin_name_trains_from_both_commands(
+def test_both_commands_train_by_the_bare_name_and_by_none(
     launched: dict[str, Path],
 ) -> None:
     for name in ("accelerate", "axolotl"):
