@@ -8,7 +8,7 @@ Collectives of one optimizer step, beside those of the model (layers.py) and the
 (logprobs.py), each micro-batch's: the reduction of gradients over the data-parallel
 group (one a buffer, and one all-gather of the weights with the distributed optimizer),
 one all-reduce of partial gradients over the tensor-parallel group where the model has
-any, one all-reduce of the gradient norm.
+any, one all-reduce of the gradient norm; once a run, at the first clipping, one more.
 """
 
 import os
