@@ -150,12 +150,15 @@ class MegatronStep:
             self.optimizer.prepare_grads()
         return torch.stack(losses).sum()
 
-    def grad_norm(self) -> float:
-        """L2 norm over the whole model, each shard and each replica counted once."""
+    def grad_norm(self) -> float | Tensor:
+        """L2 norm over the whole model, each shard and each replica counted once.
+
+        With Transformer Engine Megatron-Core leaves it on the device.
+        """
         with stand_ins():
             return self.optimizer.get_grad_norm()
 
-    def clip_grad_norm(self, max_norm: float) -> float:
+    def clip_grad_norm(self, max_norm: float) -> float | Tensor:
         """Scale the gradients down to ``max_norm``; returns the norm before."""
         with stand_ins():
             return self.optimizer.clip_grad_norm(max_norm)
