@@ -601,9 +601,15 @@ def test_accelerate_passes_the_epoch_on(axolotl: dict[str, Any], nesting: str):
 # ---- Megatron-Core ----
 
 
+def _megatron_patch() -> str:
+    (patch,) = (patch for patch in SERIES if patch.startswith("megatron-core"))
+    return patch
+
+
 def probe_megatron(store: str) -> dict[str, Any]:
     """One rank, two optimizer steps with clipping, beside plain PyTorch."""
     from contextlib import nullcontext
+    from importlib import import_module
 
     import megatron.core.utils
     import torch
@@ -661,6 +667,14 @@ def probe_megatron(store: str) -> dict[str, Any]:
         "file": megatron.core.utils.__file__,
         "device": str(megatron.core.utils.current_device()),
         "stand-ins stay away": isinstance(stand_ins(), nullcontext),
+        "modules without it": [
+            file
+            for file in changed_files(_megatron_patch())
+            if not hasattr(
+                import_module(file.removesuffix(".py").replace("/", ".")),
+                "current_device",
+            )
+        ],
     }
     for sharded in (False, True):
         config = TransformerConfig(
@@ -742,6 +756,7 @@ def test_megatron_knows_its_device(patched: Trees, megatron: dict[str, Any]):
     assert Path(megatron["file"]).is_relative_to(patched["megatron-core"])
     assert megatron["device"] == "cpu"
     assert megatron["device of a GPU"] == "cuda:1"
+    assert megatron["modules without it"] == []
     assert megatron["stand-ins stay away"]
 
 
@@ -755,14 +770,13 @@ def test_a_megatron_step_on_a_cpu(megatron: dict[str, Any], sharded: bool):
 
 def test_no_device_is_named_on_the_way_of_a_step(patched: Trees):
     # One rank does not pass through everything that two do.
-    (patch,) = (patch for patch in SERIES if patch.startswith("megatron-core"))
     tree = patched["megatron-core"]
     named = re.compile(r"""device=(?:["']cuda|torch\.cuda\.)|["']torch\.cuda\.\w+T""")
     # Pipelines, symmetric memory and the like have more of them.
     elsewhere = ("core/utils.py", "pipeline_parallel/schedules.py")
     left = [
         line.strip()
-        for file in changed_files(patch)
+        for file in changed_files(_megatron_patch())
         if not file.endswith(elsewhere)
         for line in (tree / file).read_text().splitlines()
         if named.search(line)

@@ -1,8 +1,8 @@
 """Stand-ins for the CUDA-only calls of Megatron-Core, where there is no accelerator.
 
-Megatron-Core 0.16 names the device "cuda" literally. Inside :func:`stand_ins` those
-calls mean the CPU; outside of it, with an accelerator, or on a Megatron-Core that asks
-for its device (patches/), nothing is changed.
+Megatron-Core names the device "cuda" literally and asks for CUDA's stream. Inside
+:func:`stand_ins` those calls mean the CPU; outside of it, with an accelerator, or on a
+Megatron-Core that asks for its device (patches/), nothing is changed.
 """
 
 import contextlib
@@ -31,13 +31,14 @@ def _current_device() -> torch.device:
 
 @contextlib.contextmanager
 def _stand_ins() -> Iterator[None]:
-    original = torch.cuda.current_device
-    torch.cuda.current_device = _current_device  # type: ignore[assignment]
+    cuda: Any = torch.cuda
+    originals = cuda.current_device, cuda.current_stream
+    cuda.current_device, cuda.current_stream = _current_device, torch.cpu.current_stream
     try:
         with _CudaMeansCpu():
             yield
     finally:
-        torch.cuda.current_device = original
+        cuda.current_device, cuda.current_stream = originals
 
 
 class _CudaMeansCpu(TorchFunctionMode):

@@ -78,8 +78,8 @@ def finish_loading(cfg: Any, model: PreTrainedModel) -> None:
 def save(cfg: Any, model: Any) -> None:
     """Write the trained model, once; every rank must call it.
 
-    Axolotl 0.19 calls the hook twice: after training, and when it has ended the process
-    group, without which nothing can be gathered.
+    Axolotl (0.19 to 0.21) calls the hook twice: after training, and when it has ended
+    the process group, without which nothing can be gathered.
     """
     if getattr(model, _SAVED, False):
         return

@@ -82,7 +82,8 @@ def check_world_size(tp_size: int, world_size: int) -> None:
 
 def data_mesh(layout: Layout, timeout: timedelta) -> DeviceMesh:
     """The mesh by which accelerate gives a tensor-parallel group one batch."""
-    accelerator = torch.accelerator.current_accelerator()
+    # Unchecked, it is the one that torch was built for.
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
     device = "cpu" if accelerator is None else accelerator.type
     mesh = dist.device_mesh.init_device_mesh(
         device,

@@ -266,11 +266,11 @@ def _expect(name: str, module: nn.Module, kind: type[nn.Module]) -> None:
 
 
 def _mark_shards(layer: Any, **dims: int) -> Any:
-    # Megatron marks them only where it initializes them; without the mark a shard would
-    # count as a replica in the gradient norm.
+    # Megatron-Core 0.16 marks them only where it initializes them; without the mark a
+    # shard would count as a replica in the gradient norm.
     for name, dim in dims.items():
         parameter = getattr(layer, name)
-        # A bias may have its marks already, and a second call is refused.
+        # 0.16 has marked biases, 0.19 all; a second call is refused.
         if parameter is not None and not hasattr(parameter, "tensor_model_parallel"):
             set_tensor_model_parallel_attributes(parameter, True, dim, 1)
     return layer
@@ -316,7 +316,7 @@ def partial_gradients(model: nn.Module) -> bool:
 
 
 class _Contiguous(torch.autograd.Function):
-    """Identity whose gradient is contiguous: Megatron reduces no other, silently."""
+    """Identity whose gradient is contiguous: 0.16 reduces no other, silently."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ Collectives of one optimizer step, beside those of the model (layers.py) and the
 (logprobs.py), each micro-batch's: the reduction of gradients over the data-parallel
 group (one a buffer, and one all-gather of the weights with the distributed optimizer),
 one all-reduce of partial gradients over the tensor-parallel group where the model has
-any, one all-reduce of the gradient norm.
+any, one all-reduce of the gradient norm; once a run, at the first clipping, one more.
 """
 
 import os
@@ -150,12 +150,15 @@ class MegatronStep:
             self.optimizer.prepare_grads()
         return torch.stack(losses).sum()
 
-    def grad_norm(self) -> float:
-        """L2 norm over the whole model, each shard and each replica counted once."""
+    def grad_norm(self) -> float | Tensor:
+        """L2 norm over the whole model, each shard and each replica counted once.
+
+        With Transformer Engine Megatron-Core leaves it on the device.
+        """
         with stand_ins():
             return self.optimizer.get_grad_norm()
 
-    def clip_grad_norm(self, max_norm: float) -> float:
+    def clip_grad_norm(self, max_norm: float) -> float | Tensor:
         """Scale the gradients down to ``max_norm``; returns the norm before."""
         with stand_ins():
             return self.optimizer.clip_grad_norm(max_norm)

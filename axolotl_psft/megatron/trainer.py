@@ -132,7 +132,7 @@ class MegatronPSFTTrainer(PSFTTrainer):
 
         return self._megatron.forward_backward(batches, loss_func)
 
-    def _clip_grad_norm(self, model: nn.Module) -> float:
+    def _clip_grad_norm(self, model: nn.Module) -> float | Tensor:
         assert self._megatron is not None
         return self._megatron.clip_grad_norm(self.args.max_grad_norm)
 

@@ -1,11 +1,13 @@
 """Sharded weights: read slices from safetensors files, write Hugging Face files.
 
 No rank ever holds the whole model: reading takes this rank's slices only, writing
-gathers one tensor after the other on the first rank, file by file.
+gathers it on the first rank file by file, in CPU memory; that rank's device holds a few
+rows of one tensor besides its shards.
 """
 
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,9 @@ from axolotl_psft.megatron.groups import Layout
 
 # What transformers writes by default: the most that one rank gathers at a time.
 MAX_SHARD_SIZE = "5GB"
+
+# The most that the first rank's device holds of all ranks' rows while it gathers.
+GATHERED_BYTES = 64 * 2**20
 
 
 def load_weights(
@@ -153,14 +158,35 @@ def _write_index(folder: Path, plan: Any) -> None:
 def _gather(tensor: Tensor, layout: Layout) -> Tensor | None:
     """The whole tensor on rank 0, in CPU memory; None elsewhere."""
     dim, local = partition_dim(tensor), tensor.detach()
+    is_first = layout.tp_rank == 0
     if dim is None or layout.tp_size == 1:
-        return local.cpu().contiguous().clone() if layout.tp_rank == 0 else None
-    parts = None
-    if layout.tp_rank == 0:
-        parts = [torch.empty_like(local) for _ in range(layout.tp_size)]
+        return local.cpu().contiguous().clone() if is_first else None
+    shape = _whole_shape(tensor, layout)
+    whole = torch.empty(shape, dtype=local.dtype) if is_first else None
+    for start, rows in _in_chunks(local, layout):
+        parts = _gather_rows(rows, layout)
+        if whole is None:
+            continue
+        for shard, part in zip(whole.chunk(layout.tp_size, dim), parts, strict=True):
+            shard[start : start + len(part)] = part
+    return whole
+
+
+def _in_chunks(local: Tensor, layout: Layout) -> Iterator[tuple[int, Tensor]]:
+    """Rows of a shard and the first one's number; of all ranks GATHERED_BYTES."""
+    row_bytes = local[0].numel() * local.element_size()
+    num_rows = max(1, GATHERED_BYTES // (row_bytes * layout.tp_size))
+    for start in range(0, len(local), num_rows):
+        yield start, local[start : start + num_rows].contiguous()
+
+
+def _gather_rows(rows: Tensor, layout: Layout) -> list[Tensor]:
+    """What each rank gave, on rank 0's device; elsewhere nothing."""
+    is_first = layout.tp_rank == 0
+    parts = [torch.empty_like(rows) for _ in range(layout.tp_size * is_first)]
     first = dist.get_global_rank(layout.tp_group, 0)
-    dist.gather(local.contiguous(), parts, dst=first, group=layout.tp_group)
-    return None if parts is None else torch.cat([p.cpu() for p in parts], dim=dim)
+    dist.gather(rows, parts or None, dst=first, group=layout.tp_group)
+    return parts
 
 
 def partition_dim(tensor: Tensor) -> int | None:

@@ -19,7 +19,9 @@ TP = 2
 LAYERS = 3
 
 
-def split(model_type: str, folder: Path, **options: Any) -> Any:
+def split(
+    model_type: str, folder: Path, dtype: torch.dtype = torch.float32, **options: Any
+) -> Any:
     """The model of `folder`, built without weights, split over all ranks, loaded."""
     from transformers import AutoModelForCausalLM
 
@@ -30,14 +32,19 @@ def split(model_type: str, folder: Path, **options: Any) -> Any:
     layout = groups.initialize(dist.get_world_size())
     model = AutoModelForCausalLM.from_pretrained(folder, device_map={"": "meta"})
     cpu = torch.device("cpu")
-    parallelize(model, layout, dtype=torch.float32, device=cpu, **options)
+    parallelize(model, layout, dtype=dtype, device=cpu, **options)
     load_weights(model, folder, layout)
     return model, layout
 
 
-def written(tmp_path: Path, model_type: str = "qwen3", **options: Any) -> Path:
+def written(
+    tmp_path: Path,
+    model_type: str = "qwen3",
+    dtype: torch.dtype = torch.float32,
+    **options: Any,
+) -> Path:
     sizes = {"vocab_size": 64, "num_hidden_layers": LAYERS, **options}
-    model = causal_lm(model_type, **sizes)
+    model = causal_lm(model_type, **sizes).to(dtype)
     model.save_pretrained(tmp_path / "model", max_shard_size="8MB")
     return tmp_path / "model"
 
@@ -99,6 +106,36 @@ def tensors(folder: Path) -> dict[str, Tensor]:
     return {name: t for path in files for name, t in load_file(path).items()}
 
 
+def gathered_bytes(folder: Path, output: Path, dtype: torch.dtype) -> list[int]:
+    """What this rank's device gets from the others while it saves, each time."""
+    from axolotl_psft.megatron import weights
+
+    weights.GATHERED_BYTES = 2000
+    model, layout = split("llama", folder, dtype)
+    original, sizes = dist.gather, []
+
+    def gather(rows: Tensor, parts: Any, **kwargs: Any) -> None:
+        sizes.append(sum(part.untyped_storage().nbytes() for part in parts or []))
+        original(rows, parts, **kwargs)
+
+    dist.gather = gather
+    weights.save_weights(model, output, layout)
+    return sizes
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_saving_takes_a_few_rows_at_a_time(tmp_path: Path, dtype: torch.dtype) -> None:
+    # Columns, rows and biases; the last chunk of most is smaller than the others.
+    sizes = {"attention_bias": True, "mlp_bias": True, "intermediate_size": 78}
+    model = written(tmp_path, "llama", dtype, **sizes, tie_word_embeddings=False)
+    output = tmp_path / "again"
+    first, second = run_distributed(gathered_bytes, TP, model, output, dtype)
+    assert 1000 < max(first) <= 2000
+    assert not any(second)
+    ours, theirs = (path / "model.safetensors" for path in (output, model))
+    assert ours.read_bytes() == theirs.read_bytes()
+
+
 # ---------------------------------------------------------------- collectives
 
 
@@ -118,6 +155,10 @@ def count_collectives(folder: Path, sequence_parallel: bool) -> dict[str, Any]:
         counts["forward"] = sorted(watch.collectives)
         return -output.logprobs.sum()
 
+    # The first time that it clips, Megatron-Core asks all ranks about parameters that
+    # are clipped apart.
+    step.forward_backward([ids], loss)
+    step.clip_grad_norm(1.0)
     with Watch() as watch:
         step.forward_backward([ids, ids], loss)
         counts["gradients of two micro-batches"] = len(watch.collectives)
