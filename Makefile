@@ -103,7 +103,7 @@ try-axolotl:
 	@PYTHON=$${PYTHON:-$$(bash find_python.sh 3.12 3.13)} && \
 		{ test -d $(TRY) || "$$PYTHON" -m venv $(TRY); }
 	$(TRY)/bin/pip install --quiet axolotl==$(AXOLOTL) megatron-core \
-		$$(sed -n '/^dev =/,/^$$/s/^    //p' setup.cfg)
+		$$(sed -n '/^dev =/,/^$$/s/^    \(.*\)==.*/\1/p' setup.cfg)
 	$(TRY)/bin/pip install --quiet --no-deps --editable .
 	$(TRY)/bin/python -m pytest -n 2 --dist loadfile $(TESTS)
 
