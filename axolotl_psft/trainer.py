@@ -190,6 +190,10 @@ class PSFTTrainer(AxolotlTrainer, _CorrectedLogs):  # type: ignore[misc]
 
     # ---- Data order ----
 
+    def _data_parallel_size(self) -> int:
+        # Axolotl takes every process for one; balance_labels deals batches out by it.
+        return self._num_data_ranks
+
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         sampler = super()._get_train_sampler(train_dataset)
         if isinstance(sampler, MultipackBatchSampler):
@@ -246,7 +250,8 @@ class PSFTTrainer(AxolotlTrainer, _CorrectedLogs):  # type: ignore[misc]
     def _check_can_resume(self) -> None:
         args: Any = self.args
         step, epoch = self.state.global_step, self.state.epoch or 0.0
-        if self.is_stream and epoch >= 1:
+        # At 1 exactly it was the run that ended, in the first pass.
+        if self.is_stream and epoch > 1:
             raise ValueError(
                 f"resume_from_checkpoint: step {step} lies in pass {int(epoch) + 1} "
                 "over a stream, where it can only be found again in the first. Resume "

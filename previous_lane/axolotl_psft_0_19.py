@@ -79,11 +79,56 @@ def _load_to_numbered_cpus(_: Any) -> None:
     torch.serialization.register_package(119, lambda storage: None, deserialize)
 
 
+def _know_megatron_0_16(layers: Any) -> None:
+    """Megatron-Core 0.16 marks shards, and reduces gradients, only in some cases.
+
+    Shards: where it initializes them; without the mark one would count as a replica in
+    the gradient norm. Gradients of a block's input: where they are contiguous; of
+    others nothing is summed over the ranks, and nothing says so.
+    """
+    import torch
+    from megatron.core.tensor_parallel.layers import (
+        set_tensor_model_parallel_attributes as mark,
+    )
+
+    def marking(name: str, dims: dict[str, int]) -> None:
+        make = getattr(layers._Factory, name)
+
+        def make_marked(*args: Any) -> Any:
+            layer = make(*args)
+            for parameter in (getattr(layer, key, None) for key in dims):
+                if parameter is not None and not hasattr(parameter, "partition_dim"):
+                    mark(parameter, True, dims["weight"], 1)
+            return layer
+
+        setattr(layers._Factory, name, make_marked)
+
+    for name in ("column", "head"):
+        marking(name, {"weight": 0, "bias": 0})
+    marking("row", {"weight": 1})
+    marking("embedding", {"weight": 0})
+
+    class Contiguous(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Any) -> Any:
+            return x.view_as(x)
+
+        @staticmethod
+        def backward(ctx: Any, grad: Any) -> Any:
+            return grad.contiguous()
+
+    copy = layers.copy_to_tensor_model_parallel_region
+    layers.copy_to_tensor_model_parallel_region = lambda *args, **kwargs: (
+        Contiguous.apply(copy(*args, **kwargs))
+    )
+
+
 # Of each module: a name that it has once it is complete, and what mends it.
 _ENTRIES: dict[str, tuple[str, Callable[[Any], None]]] = {
     "axolotl.integrations.base": ("PluginManager", _load_bare_name),
     "axolotl.utils.config": ("validate_config", _refuse_block_without_plugin),
     "axolotl_psft.trainer": ("PSFTTrainer", _load_to_numbered_cpus),
+    "axolotl_psft.megatron.layers": ("_split_dropout", _know_megatron_0_16),
 }
 
 

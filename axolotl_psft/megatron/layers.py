@@ -22,7 +22,6 @@ from megatron.core.tensor_parallel import (
     gather_from_sequence_parallel_region,
     scatter_to_sequence_parallel_region,
 )
-from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
@@ -209,18 +208,15 @@ class _Factory:
     def column(self, name: str, linear: Any) -> ColumnLinear:
         # The entrance of the block sums the gradients of all its columns at once.
         options = {"gather_output": False, "disable_grad_reduce": True}
-        layer = self._linear(ColumnLinear, name, linear, self._config(), **options)
-        return _mark_shards(layer, weight=0, bias=0)
+        return self._linear(ColumnLinear, name, linear, self._config(), **options)
 
     def row(self, name: str, linear: Any) -> RowLinear:
         config = self._config(self.sequence_parallel)
         options = {"input_is_parallel": True, "skip_bias_add": False}
-        layer = self._linear(RowLinear, name, linear, config, **options)
-        return _mark_shards(layer, weight=1)
+        return self._linear(RowLinear, name, linear, config, **options)
 
     def head(self, name: str, linear: Any) -> Head:
-        layer = self._linear(Head, name, linear, self._config(), gather_output=True)
-        return _mark_shards(layer, weight=0, bias=0)
+        return self._linear(Head, name, linear, self._config(), gather_output=True)
 
     def _linear(
         self,
@@ -229,7 +225,7 @@ class _Factory:
         linear: Any,
         config: ModelParallelConfig,
         **options: Any,
-    ) -> nn.Module:
+    ) -> Any:
         _expect(name, linear, nn.Linear)
         return kind(
             linear.in_features,
@@ -249,7 +245,7 @@ class _Factory:
             init_method=_leave,
         )
         layer.padding_idx = module.padding_idx
-        return _mark_shards(layer, weight=0)
+        return layer
 
 
 def _leave(weight: Tensor) -> Tensor:
@@ -263,17 +259,6 @@ def _expect(name: str, module: nn.Module, kind: type[nn.Module]) -> None:
             f"{kind.__name__}, and cannot be split. Set tensor_parallel_size: 1, and "
             "look for an option that replaces or quantizes it."
         )
-
-
-def _mark_shards(layer: Any, **dims: int) -> Any:
-    # Megatron-Core 0.16 marks them only where it initializes them; without the mark a
-    # shard would count as a replica in the gradient norm.
-    for name, dim in dims.items():
-        parameter = getattr(layer, name)
-        # 0.16 has marked biases, 0.19 all; a second call is refused.
-        if parameter is not None and not hasattr(parameter, "tensor_model_parallel"):
-            set_tensor_model_parallel_attributes(parameter, True, dim, 1)
-    return layer
 
 
 def _materialize(
@@ -315,18 +300,6 @@ def partial_gradients(model: nn.Module) -> bool:
     return any(getattr(p, "sequence_parallel", False) for p in model.parameters())
 
 
-class _Contiguous(torch.autograd.Function):
-    """Identity whose gradient is contiguous: 0.16 reduces no other, silently."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
-        return grad.contiguous()
-
-
 def _before(module: nn.Module, change: Callable[[Tensor], Tensor]) -> None:
     """Let ``change`` see the hidden states before ``module`` does."""
 
@@ -347,8 +320,7 @@ def _enter_block(
     def enter(hidden: Tensor) -> Tensor:
         if sequence is not None:
             return sequence.gather(hidden)
-        copied = copy_to_tensor_model_parallel_region(hidden, group=layout.tp_group)
-        return _Contiguous.apply(copied)
+        return copy_to_tensor_model_parallel_region(hidden, group=layout.tp_group)
 
     _before(block, enter)
     if sequence is not None:
