@@ -174,6 +174,7 @@ OPTIMIZERS_RUN = [
     *("paged_lion_32bit", "paged_lion_8bit", "schedule_free_adamw"),
     *("schedule_free_radam", "schedule_free_sgd", "adafactor", "adagrad", "rmsprop"),
     *("rmsprop_bnb", "rmsprop_bnb_8bit", "rmsprop_bnb_32bit", "sgd", "sinkgd", "muon"),
+    "muon_8bit",
 ]
 OPTIMIZERS_REFUSED = [
     *("lomo", "adalomo", "galore_adamw_layerwise", "galore_adamw_8bit_layerwise"),
@@ -185,7 +186,7 @@ OPTIMIZERS_NOT_HERE = [
     *("galore_adamw", "galore_adamw_8bit", "galore_adafactor", "q_galore_adamw8bit"),
     *("apollo_adamw", "grokadamw", "stable_adamw", "came_pytorch", "dion", "polora"),
     *("flash_adamw", "flash_adam", "flash_sgd", "flash_sgdw", "flash_lion"),
-    *("ao_adamw_4bit", "ao_adamw_8bit"),
+    *("ao_adamw_4bit", "ao_adamw_8bit", "scao"),
 ]
 
 

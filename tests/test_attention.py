@@ -4,6 +4,7 @@ flash-attn itself needs a GPU; a stand-in with its interface shows what reaches 
 """
 
 import math
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -163,7 +164,9 @@ def stand_in_for_flash_attn(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, A
         calls.append(kwargs)
         # The kernel is told the longest length by an int: a tensor would make it wait.
         int(kwargs["max_seqlen_q"])
-        with torch.utils._python_dispatch._disable_current_modes():
+        # What is counted is what surrounds the kernel.
+        no_modes = torch.utils._python_dispatch._disable_current_modes()
+        with torch._C.DisableTorchFunction(), no_modes:
             return varlen_attention(q, k, v, kwargs["cu_seqlens_q"])
 
     def dense(q: Any, k: Any, v: Any, **kwargs: Any) -> torch.Tensor:
@@ -175,7 +178,9 @@ def stand_in_for_flash_attn(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, A
     supported = dict.fromkeys(
         ("dropout_p", "window_size", "deterministic", "softcap", "s_aux"), False
     )
-    supported |= {"learnable_sink": False, "max_seqlen_q": True, "max_seqlen_k": True}
+    supported |= {"max_seqlen_q": True, "max_seqlen_k": True}
+    # What else a kernel may take, it has not.
+    supported = defaultdict(bool, supported)
 
     def process(**kwargs: Any) -> Any:
         return utils._process_flash_attention_kwargs(

@@ -449,9 +449,10 @@ def test_lora_trains_the_adapter_with_ratio_one_first(
             lora_r=4,
             lora_alpha=8,
             lora_target_linear=True,
-            # A step of plain descent moves an adapter less than the data's noise.
+            # Enough for an adapter to show in batches that differ.
             optimizer="adamw_torch",
-            learning_rate=0.02,
+            learning_rate=0.05,
+            max_steps=24,
             # Axolotl's fused LoRA kernels need a GPU.
             lora_mlp_kernel=False,
             lora_qkv_kernel=False,
@@ -459,7 +460,8 @@ def test_lora_trains_the_adapter_with_ratio_one_first(
         )
     )
     assert column(trainer, "psft/ratio_max")[0] == 1.0
-    assert column(trainer, "psft/nll")[-1] < column(trainer, "psft/nll")[0]
+    nll = column(trainer, "psft/nll")
+    assert sum(nll[-4:]) < sum(nll[:4])
     trained = [n for n, p in trainer.model.named_parameters() if p.requires_grad]
     assert trained and all("lora_" in name for name in trained)
 

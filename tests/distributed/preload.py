@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import importlib
 
 import axolotl.cli.config
 import axolotl.common.datasets
@@ -13,6 +14,24 @@ import axolotl_psft.trainer
 
 with contextlib.suppress(ImportError):
     import axolotl_psft.megatron.trainer  # noqa: F401
+
+# What a run imports on its way: half of what a short one takes.
+for name in (
+    "axolotl.core.trainers.diffusion_lm.sampling",
+    "axolotl.integrations.kernels.plugin",
+    "axolotl.model_support.native_adapters",
+    "axolotl.model_support.native_packing",
+    "axolotl.monkeypatch.deepspeed_utils",
+    "axolotl.monkeypatch.models.recurrent_support",
+    "axolotl.monkeypatch.moe_quant",
+    "axolotl.monkeypatch.ring_attn.patch",
+    "axolotl_psft.data_files",
+    "deepspeed",
+    "transformers.models.llama.modeling_llama",
+    "transformers.models.qwen3.modeling_qwen3",
+):
+    with contextlib.suppress(ImportError):
+        importlib.import_module(name)
 
 # Axolotl collects garbage some twenty times a run, a second each over all of this.
 gc.collect()

@@ -139,10 +139,8 @@ def main(models: Path, output: Path, tp_size: int, names: list[str]) -> dict[str
 
 def varlen_lengths(models: Path, output: Path, tp_size: int) -> dict[str, Any]:
     """What attention gets in each layer of a forward, and how often a host waits."""
-    from torch.utils._python_dispatch import _disable_current_modes
-
     from axolotl_psft import attention
-    from tests.host_waits import HostWaits
+    from tests.host_waits import HostWaits, uncounted
 
     results: dict[str, Any] = {}
     for name in ("varlen", "varlen, sequence"):
@@ -159,11 +157,12 @@ def varlen_lengths(models: Path, output: Path, tp_size: int) -> dict[str, Any]:
             ends: Any,
             original: Any = original,
             given: Any = given,
+            mode: Any = mode,
             **kwargs: Any,
         ) -> Any:
-            given.append((id(ends), q.shape[1], ends.tolist()))
             # The kernel for CPUs looks at the lengths; flash-attn's need not.
-            with _disable_current_modes():
+            with uncounted(mode):
+                given.append((id(ends), q.shape[1], ends.tolist()))
                 return original(q, k, v, ends, **kwargs)
 
         base = trainer.model.base_model

@@ -105,7 +105,8 @@ def run_sft(
     prepare(cell)
     options = {**cell.config(folder), **(overrides or {})}
     options["psft"] = {**PSFT, "refresh_steps": 1}
-    if options.get("sample_packing") and not options.get("streaming"):
+    seeded = options.get("streaming") or options.get("balance_labels")
+    if options.get("sample_packing") and not seeded:
         # Packed, Axolotl shuffles by the state of the global generator.
         options["curriculum_sampling"] = True
     if stock:
@@ -212,8 +213,13 @@ def params(cells: Iterable[Cell]) -> list[Any]:
 
 
 def is_long(cell: Cell) -> bool:
-    """Whether it is of the last table or of none: there are many."""
+    """Whether it is of the last table or of none, of which there are many.
+
+    Or compiles, which takes half a minute; alone and in DDP are enough for each day.
+    """
     plain = Cell()
+    if cell.option == "torch.compile":
+        return replace(cell, option="") not in (plain, Cell("DDP"))
     is_of_none = len(cell.choices - plain.choices) > 2
     return is_of_none or (cell.option != plain.option and cell.data != plain.data)
 
