@@ -628,7 +628,8 @@ class PSFTTrainer(AxolotlTrainer, _CorrectedLogs):  # type: ignore[misc]
         Into the caller's: one that is scored and then trained on has it twice for the
         price of once.
         """
-        count_on_host(batch, self.model.config.get_text_config().vocab_size)
+        model: Any = self.model
+        count_on_host(batch, model.config.get_text_config().vocab_size)
         is_packed = self._takes_lengths and "position_ids" in batch
         # Axolotl's collator has added them to what flash-attn gets.
         if is_packed and "cu_seq_lens_q" not in batch:
