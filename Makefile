@@ -108,7 +108,9 @@ try-axolotl:
 	$(TRY)/bin/python -m pytest -n 2 --dist loadfile $(TESTS)
 
 pins: $(STAMP)
-	$(BIN)/pip freeze --exclude-editable > requirements.txt
+	@{ grep '^#' requirements.txt; $(BIN)/pip freeze --exclude-editable | sed -E \
+		'/^(cuda-|nvidia-[^m]|triton|xformers|bitsandbytes|liger|torchao)/s/$$/; sys_platform == "linux"/'; \
+	} > pins.txt && mv pins.txt requirements.txt
 
 soak: $(STAMP)
 	$(BIN)/python -m pytest --soak tests/test_faults.py tests/distributed/test_faults.py
