@@ -12,11 +12,16 @@ The maths, for one token with logits x over the vocabulary and target y:
 A tile of the vocabulary contributes four numbers a token, relative to its own maximum
 (`_statistics`); numbers of two tiles, or of two ranks, combine exactly (`_merge`). The
 lse is all that backward needs: it recomputes a tile's logits and turns them into their
-gradient in place (`_gradient`).
+gradient (`_gradient`).
+
+This file is the reference, and runs anywhere. Where Triton does, row_kernels.py takes
+the place of `_statistics` with `_merge`, and of `_gradient`: they read a tile once.
 """
 
+import functools
+import importlib.util
 from dataclasses import dataclass
-from typing import cast
+from types import ModuleType
 
 import torch
 import torch.distributed as dist
@@ -33,6 +38,7 @@ class _Head:
     dtype: torch.dtype  # of the operands of a matmul
     accumulate: torch.dtype  # of logits, statistics and gradient sums
     tile: tuple[int, int]  # rows, vocabulary
+    kernels: ModuleType | None  # row_kernels, where it runs
     group: dist.ProcessGroup | None = None
     softcap: float | None = None
     scale: float = 1.0
@@ -85,7 +91,7 @@ def linear_logprobs(
         logits_scale: factor on the logits, before the cap (Granite, Cohere).
         with_entropy: False returns zeros for the entropies.
         tile_shape: rows and vocabulary of one tile of logits. None: 1024 x 1024; on a
-            GPU all active rows x 4096.
+            GPU 2048 x 4096.
         num_active: how many targets are not `ignore_index`, of a caller that knows, and
             that has seen to it that they are in the vocabulary. None: they are counted
             and checked here.
@@ -110,16 +116,17 @@ def linear_logprobs(
     start, num_ids, num_all = _shard(len(weight), tp_group, vocab_size)
     rows = _active_rows(targets, hidden, num_all, ignore_index, num_active)
     if tile_shape is None:
-        # A GPU fills itself with many rows and then reads the weight once; a CPU wants
-        # the tile to stay in its last cache.
-        on_cpu = hidden.device.type == "cpu"
-        tile_shape = (1024, 1024) if on_cpu else (max(len(rows), 1), 4096)
+        # Either stays in the last cache, which holds some 4 MB of a CPU's and 40 of a
+        # GPU's. They do not depend on the number of rows: nor do a row's bits.
+        tile_shape = (1024, 1024) if hidden.device.type == "cpu" else (2048, 4096)
+    exact = torch.float64 if dtype == torch.float64 else torch.float32
     head = _Head(
         start,
         num_ids,
         dtype,
-        torch.float64 if dtype == torch.float64 else torch.float32,
+        exact,
         tile_shape,
+        None if exact == torch.float64 else _row_kernels(hidden.device),
         tp_group,
         softcap,
         logits_scale,
@@ -131,16 +138,17 @@ def linear_logprobs(
 class _LinearLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, targets, rows, head):
-        h, local = _take(hidden, rows), targets[rows] - head.start
+        h, local = _take(hidden, rows, head), targets[rows] - head.start
         stats = _empty_statistics(h, len(rows), head)
         scratch = _scratch(weight, head.dtype, head)
         with torch.autocast(h.device.type, enabled=False):
             for v in _tiles(head.num_ids, head.tile[1]):
                 w, b = _cast(weight[v], scratch), _bias(bias, v, head)
+                column = local - v.start
                 for r in _tiles(len(rows), head.tile[0]):
-                    x = _logits(h[r], w, b, head)
-                    tile = _statistics(x, local[r] - v.start, head.with_entropy)
-                    stats[:, r] = _merge(torch.stack((stats[:, r], tile)))
+                    x = _matmul(h[r].to(head.dtype), w.t(), head.accumulate)
+                    _add_statistics(stats[:, r], x, b, column[r], head)
+                    del x  # before the next tile's is made
         logprobs, entropy, lse = _finish(stats, rows, len(hidden), head)
         ctx.save_for_backward(hidden, weight, bias, targets, rows, lse)
         ctx.head = head
@@ -155,39 +163,75 @@ class _LinearLogprobs(torch.autograd.Function):
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
         rows, g, lse = _moving_rows(rows, grad, lse)
         g = g * head.scale
-        h, local = _take(hidden, rows), targets[rows] - head.start
-        sums = {"dtype": head.accumulate, "device": h.device}
-        d_h = torch.zeros(h.shape if need_hidden else 0, **sums)
-        d_weight = torch.zeros_like(weight) if need_weight else None
-        d_bias = torch.zeros_like(bias) if need_bias else None
+        h, local = _take(hidden, rows, head), targets[rows] - head.start
+        # Of so many rows the gradient of the logits is there at once: with all of them,
+        # as on a GPU, the weight's gradient needs no sum over tiles.
+        strip = head.tile[0] if h.device.type == "cpu" else max(len(rows), 1)
+        d_h = d_weight = d_bias = None
+        if need_hidden:
+            d_h = torch.zeros(h.shape, dtype=head.accumulate, device=h.device)
+        if need_weight:
+            d_weight = _WeightGradient(weight, head, num_strips=-(-len(rows) // strip))
+        if need_bias:
+            d_bias = torch.zeros_like(bias, dtype=head.accumulate)
         scratch = _scratch(weight, head.dtype, head)
-        scratch_sum = _scratch(weight, head.accumulate, head) if need_weight else None
 
         with torch.autocast(h.device.type, enabled=False):
             for v in _tiles(head.num_ids, head.tile[1]):
                 w, b = _cast(weight[v], scratch), _bias(bias, v, head)
-                d_w = None if d_weight is None else _cast(d_weight[v], scratch_sum)
-                d_b = _bias(d_bias, v, head)
-                for r in _tiles(len(rows), head.tile[0]):
+                column = local - v.start
+                for r in _tiles(len(rows), strip):
                     h_r = h[r].to(head.dtype)
-                    x = _logits(h_r, w, b, head)
-                    x = _gradient(x, local[r] - v.start, lse[r], g[r], head.softcap)
-                    if d_b is not None:
-                        d_b += x.sum(0)
-                    x = x.to(head.dtype)
-                    if need_hidden:
-                        _add_matmul(d_h[r], x, w)
-                    if d_w is not None:
-                        _add_matmul(d_w, x.t(), h_r)
-                    del x  # before the next tile's is made
-                for total, part in ((d_weight, d_w), (d_bias, d_b)):
-                    if total is not None and total.dtype != head.accumulate:
-                        total[v] = cast(Tensor, part)
-        if not need_hidden:
-            return None, d_weight, d_bias, None, None, None
-        if head.group is not None:
-            dist.all_reduce(d_h, group=head.group)
-        return _put(hidden, rows, d_h), d_weight, d_bias, None, None, None
+                    d_x = _logits_gradient(h_r, w, b, column[r], lse[r], g[r], head)
+                    if d_bias is not None:
+                        d_bias[v] += d_x.sum(0, dtype=head.accumulate)
+                    if d_h is not None:
+                        _add_matmul(d_h[r], d_x, w)
+                    if d_weight is not None:
+                        d_weight.add(v, d_x.t(), h_r)
+                    del d_x  # before the next strip's is made
+        if d_h is not None:
+            if head.group is not None:
+                dist.all_reduce(d_h, group=head.group)
+            d_h = _put(hidden, rows, d_h)
+        return (
+            d_h,
+            None if d_weight is None else d_weight.total,
+            None if d_bias is None else d_bias.to(bias.dtype),
+            None,
+            None,
+            None,
+        )
+
+
+class _WeightGradient:
+    """The sum of d_x.t() @ h over strips of rows, one tile of the vocabulary at a time.
+
+    One strip's product is written where it belongs; several are summed in the
+    accumulation dtype first.
+    """
+
+    def __init__(self, weight: Tensor, head: _Head, num_strips: int) -> None:
+        self.total = torch.empty_like(weight)
+        # Padding, and everything where there is no row.
+        self.total[head.num_ids if num_strips else 0 :] = 0
+        self._num_strips = num_strips
+        self._num_added = 0
+        self._sum = None
+        if num_strips > 1:
+            self._sum = _scratch(weight, head.accumulate, head)
+
+    def add(self, v: slice, a: Tensor, b: Tensor) -> None:
+        """Add a @ b, [C, R] by [R, H], to the tile `v`; its strips come in a row."""
+        total = self.total[v]
+        partial = total if self._sum is None else self._sum[: len(total)]
+        if self._num_added == 0:
+            _matmul_to(partial, a, b)
+        else:
+            _add_matmul(partial, a, b)
+        self._num_added = (self._num_added + 1) % self._num_strips
+        if self._num_added == 0 and partial is not total:
+            total.copy_(partial)
 
 
 @torch.compiler.disable
@@ -240,11 +284,18 @@ def vocab_parallel_logprobs(
     start, num_ids, num_all = _shard(logits.shape[1], tp_group, vocab_size)
     rows = _active_rows(targets, logits, num_all, ignore_index, num_active)
     exact = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    # Rows enough to amortize a call, few enough to stay in a CPU's last cache.
-    num_rows = 4096 if logits.is_cuda else max(1, (1 << 21) // logits.shape[1])
-    tile = (num_rows, num_ids)
+    # Rows enough to amortize a call, few enough to stay in the last cache (a CPU's) or
+    # to be small beside the logits.
+    area = 1 << (21 if logits.device.type == "cpu" else 26)
     head = _Head(
-        start, num_ids, exact, exact, tile, tp_group, with_entropy=with_entropy
+        start,
+        num_ids,
+        exact,
+        exact,
+        (max(1, area // logits.shape[1]), num_ids),
+        None if exact == torch.float64 else _row_kernels(logits.device),
+        tp_group,
+        with_entropy=with_entropy,
     )
     return _VocabParallelLogprobs.apply(logits, targets, rows, head, inplace_backward)
 
@@ -252,11 +303,10 @@ def vocab_parallel_logprobs(
 class _VocabParallelLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, targets, rows, head, inplace):
-        local = targets[rows] - head.start
+        local, n = targets[rows] - head.start, head.num_ids
         stats = _empty_statistics(logits, len(rows), head)
-        for r in _tiles(len(rows) if head.num_ids else 0, head.tile[0]):
-            x = logits[rows[r], : head.num_ids].to(head.dtype)
-            stats[:, r] = _statistics(x, local[r], head.with_entropy)
+        for r in _tiles(len(rows) if n else 0, head.tile[0]):
+            _add_statistics(stats[:, r], logits[rows[r], :n], None, local[r], head)
         logprobs, entropy, lse = _finish(stats, rows, len(logits), head)
         ctx.save_for_backward(logits, targets, rows, lse)
         ctx.head, ctx.inplace = head, inplace
@@ -267,24 +317,38 @@ class _VocabParallelLogprobs(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad, _):
         logits, targets, rows, lse = ctx.saved_tensors
+        head, n = ctx.head, ctx.head.num_ids
         rows, g, lse = _moving_rows(rows, grad, lse)
-        local, n = targets[rows] - ctx.head.start, ctx.head.num_ids
+        local = targets[rows] - head.start
         d_logits = logits.detach() if ctx.inplace else torch.empty_like(logits)
         still = torch.ones(len(logits), dtype=torch.bool, device=logits.device)
-        for r in _tiles(len(rows) if n else 0, ctx.head.tile[0]):
-            x = logits[rows[r], :n].to(ctx.head.dtype)
-            x = _gradient(x, local[r], lse[r], g[r])
-            d_logits[rows[r], :n] = x.to(logits.dtype)
+        for r in _tiles(len(rows) if n else 0, head.tile[0]):
+            x = logits[rows[r], :n]
+            _gradient(x, x, None, local[r], lse[r], g[r], head)
+            d_logits[rows[r], :n] = x
         d_logits[:, n:] = 0
         d_logits.masked_fill_(still.index_fill_(0, rows, False)[:, None], 0)
         return d_logits, None, None, None, None
 
 
+def _add_statistics(
+    stats: Tensor, x: Tensor, bias: Tensor | None, local: Tensor, head: _Head
+) -> None:
+    """Merge the statistics of a tile, a matmul's result [R, C], into [4, R], in place.
+
+    Overwrites x. `local` is the target's column; outside [0, C) it is another tile's.
+    """
+    if head.kernels is not None:
+        head.kernels.add_statistics(stats, x, local, bias, head.scale, head.softcap)
+        return
+    tile = _statistics(_logits(x, bias, head), local, head.with_entropy)
+    stats.copy_(_merge(torch.stack((stats, tile))))
+
+
 def _statistics(x: Tensor, local: Tensor, with_entropy: bool) -> Tensor:
     """[R, C] logits -> [4, R]: m = max, sum e^(x-m), sum e^(x-m) (x-m), x_target.
 
-    Overwrites x. `local` is the target's column; outside [0, C) it is another tile's,
-    and x_target is 0.
+    Overwrites x. x_target is 0 where another tile has the target.
     """
     hit, column = _column(local, x)
     target = x.gather(1, column).squeeze(1).where(hit, 0)
@@ -313,16 +377,53 @@ def _merge(stats: Tensor) -> Tensor:
     )
 
 
-def _gradient(
-    x: Tensor, local: Tensor, lse: Tensor, g: Tensor, softcap: float | None = None
+def _logits_gradient(
+    h: Tensor,
+    w: Tensor,
+    bias: Tensor | None,
+    local: Tensor,
+    lse: Tensor,
+    g: Tensor,
+    head: _Head,
 ) -> Tensor:
-    """[R, C] logits -> gradient of sum(g * logprob) by them, in place."""
+    """Gradient of sum(g * logprob) by a strip of matmul results, [R, C], head.dtype."""
+    d_x = h.new_empty(len(h), len(w))
+    for r in _tiles(len(h), head.tile[0]):
+        if head.dtype == head.accumulate:
+            x = torch.mm(h[r], w.t(), out=d_x[r])
+        else:
+            x = _matmul(h[r], w.t(), head.accumulate)
+        _gradient(d_x[r], x, bias, local[r], lse[r], g[r], head)
+        del x
+    return d_x
+
+
+def _gradient(
+    out: Tensor,
+    x: Tensor,
+    bias: Tensor | None,
+    local: Tensor,
+    lse: Tensor,
+    g: Tensor,
+    head: _Head,
+) -> None:
+    """The gradient by a tile of matmul results x, [R, C], into `out`, which x may be.
+
+    Of sum(g * logprob), but for the factor head.scale. Overwrites x.
+    """
+    if head.kernels is not None:
+        head.kernels.gradient(out, x, local, lse, g, bias, head.scale, head.softcap)
+        return
+    x = _logits(x, bias, head)
     hit, column = _column(local, x)
-    slope = None if softcap is None else 1 - (x / softcap).square_()
+    slope = None if head.softcap is None else 1 - (x / head.softcap).square_()
     x.sub_(lse[:, None]).exp_().mul_(-g[:, None])
     # One column a row: scatter is deterministic here, and scatter_add need not be.
     x.scatter_(1, column, x.gather(1, column) + (g * hit)[:, None])
-    return x if slope is None else x.mul_(slope)
+    if slope is not None:
+        x.mul_(slope)
+    if x.data_ptr() != out.data_ptr():
+        out.copy_(x)
 
 
 def _finish(
@@ -330,9 +431,10 @@ def _finish(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """This rank's statistics [4, R] -> log-probs [T], entropies [T], lse [R]."""
     if head.group is not None:
-        shards = stats.new_empty(dist.get_world_size(head.group), *stats.shape)
-        dist.all_gather(list(shards.unbind()), stats, group=head.group)
-        stats = _merge(shards)
+        size = dist.get_world_size(head.group)
+        shards = stats.new_empty(size * 4, stats.shape[1])
+        dist.all_gather_into_tensor(shards, stats, group=head.group)
+        stats = _merge(shards.view(size, *stats.shape))
     maximum, s, u, target = stats
     log_s = s.log()
     lse = maximum + log_s
@@ -420,11 +522,11 @@ def _matmul_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
     return dtype
 
 
-def _logits(h: Tensor, w: Tensor, b: Tensor | None, head: _Head) -> Tensor:
-    """One tile of logits [R, C], after scale and cap, in the accumulation dtype."""
-    x = _matmul(h.to(head.dtype), w.t(), head.accumulate)
-    if b is not None:
-        x += b
+def _logits(x: Tensor, bias: Tensor | None, head: _Head) -> Tensor:
+    """A matmul's result -> logits in the accumulation dtype; in place where it fits."""
+    x = x.to(head.accumulate)
+    if bias is not None:
+        x += bias
     if head.scale != 1.0:
         x *= head.scale
     if head.softcap is not None:
@@ -432,17 +534,47 @@ def _logits(h: Tensor, w: Tensor, b: Tensor | None, head: _Head) -> Tensor:
     return x
 
 
+@functools.cache
+def _row_kernels(device: torch.device) -> ModuleType | None:
+    """row_kernels.py, for a device that it runs on."""
+    if not _keeps_sums(device) or importlib.util.find_spec("triton") is None:
+        return None
+    return importlib.import_module("axolotl_psft.row_kernels")
+
+
+@functools.cache
+def _keeps_sums(device: torch.device) -> bool:
+    """Whether a matmul of 16-bit operands can leave its float32 sums unrounded.
+
+    cuBLAS can from Ampere on; elsewhere, ROCm's "cuda" too, torch may raise.
+    """
+    if device.type != "cuda" or torch.version.hip is not None:
+        return False
+    return torch.cuda.get_device_capability(device) >= (8, 0)
+
+
 def _matmul(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    if a.is_cuda and a.dtype != dtype:  # only CUDA can leave its float32 sum unrounded
+    if a.dtype != dtype and _keeps_sums(a.device):
         return torch.mm(a, b, out_dtype=dtype)
     return torch.mm(a, b).to(dtype)
+
+
+def _matmul_to(out: Tensor, a: Tensor, b: Tensor) -> None:
+    if a.dtype == out.dtype:
+        torch.mm(a, b, out=out)
+    elif out.dtype == torch.float32 and _keeps_sums(a.device):
+        torch.mm(a, b, out_dtype=out.dtype, out=out)
+    else:
+        out.copy_(torch.mm(a, b))
 
 
 def _add_matmul(total: Tensor, a: Tensor, b: Tensor) -> None:
     if a.dtype == total.dtype:
         total.addmm_(a, b)
+    elif _keeps_sums(a.device):
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
     else:
-        total += _matmul(a, b, total.dtype)
+        total += torch.mm(a, b)
 
 
 def _scratch(weight: Tensor, dtype: torch.dtype, head: _Head) -> Tensor | None:
@@ -465,8 +597,10 @@ def _bias(bias: Tensor | None, v: slice, head: _Head) -> Tensor | None:
     return None if bias is None else bias[v].to(head.accumulate)
 
 
-def _take(hidden: Tensor, rows: Tensor) -> Tensor:
-    return hidden if len(rows) == len(hidden) else hidden[rows]
+def _take(hidden: Tensor, rows: Tensor, head: _Head) -> Tensor:
+    """The rows; on a GPU cast once, on a CPU, with less room, tile by tile later."""
+    h = hidden if len(rows) == len(hidden) else hidden[rows]
+    return h if h.device.type == "cpu" else h.to(head.dtype)
 
 
 def _put(hidden: Tensor, rows: Tensor, d_h: Tensor) -> Tensor:

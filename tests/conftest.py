@@ -14,6 +14,8 @@ os.environ.update(
 # Tests of a GPU have a run of their own: the others compare bits on a CPU.
 if "--gpu" not in sys.argv:
     os.environ.update(ACCELERATE_USE_CPU="true", CUDA_VISIBLE_DEVICES="")
+    # A kernel then runs in Triton's interpreter (test_row_kernels.py).
+    os.environ["TRITON_INTERPRET"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from pathlib import Path

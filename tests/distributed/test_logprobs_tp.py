@@ -122,7 +122,7 @@ def test_agrees_with_one_rank(
 
 
 def test_one_collective_each_way(ranks: list[list[Result]]) -> None:
-    gather, reduce = ["allgather_"], ["allreduce_"]
+    gather, reduce = ["_allgather_base_"], ["allreduce_"]
     for rank in ranks:
         for result in rank[:-1]:  # up to 26 x 3 tiles a rank, and no active row at all
             assert result["collectives"] == [gather, reduce, gather]
@@ -133,6 +133,39 @@ def test_target_outside_the_vocabulary(ranks: list[list[Result]]) -> None:
     for rank in ranks:
         message = "targets[3] is 508, outside the vocabulary [0, 508)"
         assert message in rank[-1]["error"]
+
+
+def with_row_kernels() -> Result:
+    """Runs on each rank: a head of float32 with the kernels of a GPU, interpreted."""
+    from axolotl_psft import logprobs, row_kernels
+
+    hidden, weight, targets, grad = head_inputs(9, 507, dtype=torch.float32)
+    shard = shard_of(weight).requires_grad_()
+    hidden.requires_grad_()
+    group = {"tp_group": dist.group.WORLD, "vocab_size": 507}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(logprobs, "_row_kernels", lambda device: row_kernels)
+        logp, entropy = linear_logprobs(hidden, shard, targets, **group)
+        logp.backward(grad.float())
+    results = {"logp": logp.detach(), "entropy": entropy}
+    return {**results, "d_hidden": hidden.grad, "d_weight": shard.grad}
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="Triton is on Linux only"
+)
+def test_row_kernels_agree_with_one_rank() -> None:
+    ranks = run_distributed(with_row_kernels, 2, timeout=120)
+    logp, entropy, d_hidden, d_weight, _ = expected_of((9, 507, 0.2))
+    # As in test_row_kernels.py.
+    close: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-5, "check_dtype": False}
+    for result in ranks:
+        assert_close(result["logp"], logp, **close)
+        assert_close(result["entropy"], entropy, **close)
+        assert_close(result["d_hidden"], d_hidden, **close)
+    whole = torch.cat([result["d_weight"] for result in ranks])
+    assert_close(whole[:507], d_weight, **close)
+    assert not whole[507:].any()
 
 
 def megatron_cross_entropy(tp_size: int) -> list[tuple[Tensor, Tensor]]:

@@ -187,7 +187,7 @@ def test_collectives_are_those_documented(
         expected = ["allreduce_"] * 2 * LAYERS
         backward = 2 * LAYERS
     # The embedding's sum, and the head's statistics.
-    assert first["forward"] == sorted([*expected, "allreduce_", "allgather_"])
+    assert first["forward"] == sorted([*expected, "allreduce_", "_allgather_base_"])
     forward = len(expected) + 2
     # d_hidden of the head; once a step, the gradients of the data-parallel group (of
     # one rank here), those of the q and k norms (with sequence parallelism of all
