@@ -1,18 +1,23 @@
-"""Attention over packed sequences where a GPU's kernels are not to be had.
+"""Attention over packed sequences where flash-attn is not installed.
 
 Registers one function with transformers, under the name ``NAME``, that takes the varlen
-arguments of packing.attention_lengths as flash-attn's does: what differs between a run
-on a CPU and one on a GPU is the kernel. When a run uses it is plugin.py's business.
+arguments of packing.attention_lengths as flash-attn's does. On a GPU it runs torch's
+own varlen kernel, on a CPU one sequence after another.
 """
 
+import functools
+import inspect
 import itertools
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from axolotl.utils.logging import get_logger
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface, flash_attention_mask
+
+LOG = get_logger(__name__)
 
 NAME = "axolotl_psft_varlen"
 
@@ -25,6 +30,43 @@ def register() -> None:
     """Make ``attn_implementation: axolotl_psft_varlen`` known. Idempotent."""
     AttentionInterface.register(NAME, _attend)
     AttentionMaskInterface.register(NAME, flash_attention_mask)
+
+
+def choose(cfg: Any) -> None:
+    """Let the run have :data:`NAME`, where what it asks for would not run, or slowly.
+
+    On a CPU for a GPU's attention; on a GPU for packed ``sdpa``, which is what Axolotl
+    advises without flash-attn: its own way to torch's varlen kernel finds the samples
+    in every layer again, waiting for the device, and repeats the key heads. Axolotl's
+    ``sdpa_varlen: false`` keeps sdpa.
+
+    Args:
+        cfg: of a run whose model is not loaded yet; ``attn_implementation`` is changed.
+
+    Raises:
+        ValueError: it computes something else than attention.
+    """
+    implementation = cfg.attn_implementation
+    if cfg.device == "cpu":
+        if not trains_on_gpus_only(implementation):
+            return
+        if cfg.scaling_softmax:
+            raise ValueError(
+                f"scaling_softmax: {cfg.scaling_softmax} is part of flex_attention, "
+                "which has no gradient on a CPU. Train on a GPU, or remove it."
+            )
+        why = "cannot train on a CPU"
+    else:
+        packed = cfg.sample_packing and cfg.sdpa_varlen is not False
+        if implementation != "sdpa" or not packed or not _has_kernel(cfg.torch_dtype):
+            return
+        why = "masks whole rows"
+    LOG.info(
+        f"psft: attn_implementation: {implementation} {why}; {NAME} computes the same, "
+        "sample by sample."
+    )
+    register()
+    cfg.attn_implementation = NAME
 
 
 def trains_on_gpus_only(implementation: str | None) -> bool:
@@ -52,19 +94,23 @@ def varlen_attention(
     value: Tensor,
     cu_seqlens: Tensor,
     *,
+    max_length: int | None = None,
     dropout: float = 0.0,
     scaling: float | None = None,
     sliding_window: int | None = None,
 ) -> Tensor:
     """Causal attention within each of several sequences that follow one another.
 
-    Each sequence goes through torch's own kernel alone, so that it gets what it would
-    get in a row of its own, and costs its own length squared, not the row's.
+    Each sequence costs its own length squared, not the row's. On a GPU, in 16 bits and
+    without dropout, one kernel of torch's does them all and the host does not wait;
+    otherwise each goes through torch's own attention alone, so that it gets what it
+    would get in a row of its own.
 
     Args:
         query: [T, heads, D].
         key, value: [T, key heads, D]; key heads divide heads.
-        cu_seqlens: [N + 1] integers, 0 and the end of each sequence; the last is T.
+        cu_seqlens: [N + 1] int32, 0 and the end of each sequence; the last is T.
+        max_length: tokens of the longest; None: T serves.
         dropout: of attention weights.
         scaling: of the scores; None: 1 / sqrt(D).
         sliding_window: tokens that a token sees, itself included; None: all before it.
@@ -73,8 +119,24 @@ def varlen_attention(
         [T, heads, D].
 
     Raises:
-        ValueError: ``cu_seqlens`` does not cover the tokens.
+        ValueError: ``cu_seqlens`` does not cover the tokens; unless one kernel does it.
     """
+    if _fits_kernel(query, value) and not dropout:
+        longest = len(query) if max_length is None else max_length
+        ends = cu_seqlens.to(query.device, torch.int32, non_blocking=True)
+        # Tokens that a token sees before itself; after it, none.
+        before = -1 if sliding_window is None else sliding_window - 1
+        return _kernel()(
+            query,
+            key,
+            value,
+            ends,
+            ends,
+            longest,
+            longest,
+            scale=scaling,
+            window_size=(before, 0),
+        )
     ends = cu_seqlens.tolist()
     if ends[0] != 0 or ends[-1] != len(query):
         raise ValueError(
@@ -89,6 +151,32 @@ def varlen_attention(
         )
     ]
     return torch.cat(outputs)
+
+
+def _has_kernel(dtype: torch.dtype) -> bool:
+    """Whether torch has its varlen kernel for this machine's GPUs and a dtype."""
+    return (
+        dtype in (torch.bfloat16, torch.float16)
+        and torch.cuda.is_available()
+        and torch.version.hip is None
+        and torch.cuda.get_device_capability() >= (8, 0)
+    )
+
+
+def _fits_kernel(query: Tensor, value: Tensor) -> bool:
+    # It is flash-attention's, whose heads have at most 256 dimensions, all of one size.
+    fits = query.shape[-1] == value.shape[-1] <= 256
+    return query.is_cuda and fits and _has_kernel(query.dtype)
+
+
+@functools.cache
+def _kernel() -> Any:
+    from torch.nn.attention.varlen import varlen_attn
+
+    # Before torch 2.12 it takes fewer key heads without being told.
+    if "enable_gqa" in inspect.signature(varlen_attn).parameters:
+        return functools.partial(varlen_attn, enable_gqa=True)
+    return varlen_attn
 
 
 def _attend_whole(
@@ -126,6 +214,7 @@ def _attend(
     scaling: float | None = None,
     sliding_window: int | None = None,
     cu_seq_lens_q: Tensor | None = None,
+    max_length_q: int | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """transformers' interface: [B, heads, S, D] in, [B, S, heads, D] out."""
@@ -139,13 +228,14 @@ def _attend(
         )
     batch, _, length, _ = query.shape
     if cu_seq_lens_q is None:
-        cu_seq_lens_q = _rows(batch, length, attention_mask)
+        cu_seq_lens_q, max_length_q = _rows(batch, length, attention_mask), length
     q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
     output = varlen_attention(
         q,
         k,
         v,
         cu_seq_lens_q,
+        max_length=max_length_q,
         dropout=dropout,
         scaling=scaling,
         sliding_window=sliding_window,

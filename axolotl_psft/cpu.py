@@ -6,9 +6,6 @@ Megatron-Core's part of it is megatron/cpu.py, the attention kernel attention.py
 from typing import Any
 
 import torch
-from axolotl.utils.logging import get_logger
-
-LOG = get_logger(__name__)
 
 
 def let_ranks_start() -> None:
@@ -29,27 +26,3 @@ def place_model(cfg: Any) -> None:
     """
     if cfg.device == "cpu" and cfg.device_map:
         cfg.device_map = {"": "cpu"}
-
-
-def replace_attention(cfg: Any) -> None:
-    """Let a GPU's ``attn_implementation`` run.
-
-    Raises:
-        ValueError: it computes something else than attention.
-    """
-    from axolotl_psft import attention
-
-    implementation = cfg.attn_implementation
-    if cfg.device != "cpu" or not attention.trains_on_gpus_only(implementation):
-        return
-    if cfg.scaling_softmax:
-        raise ValueError(
-            f"scaling_softmax: {cfg.scaling_softmax} is part of flex_attention, which "
-            "has no gradient on a CPU. Train on a GPU, or remove it."
-        )
-    LOG.info(
-        f"psft: attn_implementation: {implementation} cannot train on a CPU; "
-        f"{attention.NAME} computes the same there."
-    )
-    attention.register()
-    cfg.attn_implementation = attention.NAME

@@ -47,10 +47,10 @@ class PSFTPlugin(BasePlugin):
         # device map and the attention implementation.
         if not cfg.psft:
             return
-        from axolotl_psft import checkpoints, cpu, data_files
+        from axolotl_psft import attention, checkpoints, cpu, data_files
 
         cpu.place_model(cfg)
-        cpu.replace_attention(cfg)
+        attention.choose(cfg)
         report = data_files.check_once(cfg)
         self._num_rows = report.num_rows
         for note in report.notes:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from axolotl.utils.dict import DictDefault
 from transformers import modeling_flash_attention_utils
 
 from axolotl_psft import attention, trainer
@@ -84,6 +85,72 @@ def test_lengths_that_do_not_cover_the_tokens(ends: list[int]) -> None:
     x = torch.zeros(18, 1, 8)
     with pytest.raises(ValueError, match=r"run from 0 to the 18 tokens, got"):
         varlen_attention(x, x, x, torch.tensor(ends))
+
+
+@pytest.mark.parametrize("window", [None, 4])
+def test_what_a_gpus_kernel_is_told(
+    window: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In place of the kernel what a CPU runs, by the kernel's arguments."""
+    calls = []
+
+    def kernel(
+        q: Any, k: Any, v: Any, ends: Any, ends_k: Any, *lengths: int, **kwargs: Any
+    ) -> Any:
+        calls.append(tuple(lengths))
+        assert ends.dtype == torch.int32
+        assert ends_k is ends
+        before, after = kwargs["window_size"]
+        assert after == 0
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(attention, "_fits_kernel", lambda *_: False)
+            return varlen_attention(
+                q,
+                k,
+                v,
+                ends,
+                scaling=kwargs["scale"],
+                sliding_window=None if before == -1 else before + 1,
+            )
+
+    x = torch.randn(18, 4, 8)
+    arguments = (x, x[:, :2], x[:, 1:3], ENDS)
+    expected = varlen_attention(*arguments, scaling=0.7, sliding_window=window)
+    monkeypatch.setattr(attention, "_fits_kernel", lambda *_: True)
+    monkeypatch.setattr(attention, "_kernel", lambda: kernel)
+    options: dict[str, Any] = {"scaling": 0.7, "sliding_window": window}
+    assert torch.equal(varlen_attention(*arguments, max_length=9, **options), expected)
+    assert torch.equal(varlen_attention(*arguments, **options), expected)
+    assert calls == [(9, 9), (18, 18)]
+    varlen_attention(*arguments, dropout=0.5, **options)  # which it has not
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize(
+    ("changed", "expected"),
+    [
+        ({}, attention.NAME),
+        ({"attn_implementation": "eager"}, "eager"),
+        ({"sample_packing": False}, "sdpa"),
+        ({"sdpa_varlen": False}, "sdpa"),
+        ({"torch_dtype": torch.float32}, "sdpa"),
+    ],
+)
+def test_packed_sdpa_has_the_kernel_on_a_gpu(
+    changed: dict[str, Any], expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
+    packed = {"attn_implementation": "sdpa", "sample_packing": True}
+    cfg = DictDefault(
+        {**packed, "torch_dtype": torch.bfloat16, "device": "cuda:0", **changed}
+    )
+    attention.choose(cfg)
+    assert cfg.attn_implementation == expected
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    cfg.attn_implementation = "sdpa"
+    attention.choose(cfg)
+    assert cfg.attn_implementation == "sdpa"
 
 
 # ---- Through a model ----
