@@ -123,15 +123,15 @@ def varlen_attention(
     """
     if _fits_kernel(query, value) and not dropout:
         longest = len(query) if max_length is None else max_length
-        ends = cu_seqlens.to(query.device, torch.int32, non_blocking=True)
+        on_device = cu_seqlens.to(query.device, torch.int32, non_blocking=True)
         # Tokens that a token sees before itself; after it, none.
         before = -1 if sliding_window is None else sliding_window - 1
         return _kernel()(
             query,
             key,
             value,
-            ends,
-            ends,
+            on_device,
+            on_device,
             longest,
             longest,
             scale=scaling,

@@ -1,0 +1,119 @@
+"""Figures, and how a step measures them on a GPU (or, rehearsing, on a CPU)."""
+
+import contextlib
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One thing that was seen."""
+
+    what: str
+    value: Any
+    """A number, a text, or True where what was expected holds."""
+    unit: str = ""
+    at_most: float | None = None
+    """The target, where there is one."""
+
+    @property
+    def verdict(self) -> str:
+        """``pass``, ``MISS``, or nothing where nothing was asked."""
+        if isinstance(self.value, bool):
+            return "pass" if self.value else "MISS"
+        if self.at_most is None:
+            return ""
+        return "pass" if self.value <= self.at_most else "MISS"
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Where a step runs, and how large."""
+
+    device: str
+    """``cuda``, or ``cpu`` in a rehearsal."""
+
+    @property
+    def rehearsing(self) -> bool:
+        """Whether sizes are tiny and figures mean nothing."""
+        return self.device == "cpu"
+
+    def size(self, real: Any, tiny: Any) -> Any:
+        """The one of the two that this run takes."""
+        return tiny if self.rehearsing else real
+
+    def synchronize(self) -> None:
+        """Wait for the device."""
+        if not self.rehearsing:
+            torch.cuda.synchronize()
+
+    def milliseconds(
+        self, runs: dict[str, Callable[[], Any]], repeats: int = 7
+    ) -> dict[str, float]:
+        """Median time of each run, interleaved, by the device's clock.
+
+        A GPU that is hot or capped runs slower: interleaved, for all alike.
+        """
+        warm_ups = 1 if self.rehearsing else 2
+        times: dict[str, list[float]] = {name: [] for name in runs}
+        for turn in range(warm_ups + self.size(repeats, 1)):
+            for name, run in runs.items():
+                took = self._one(run)
+                if turn >= warm_ups:
+                    times[name].append(took)
+        return {name: statistics.median(taken) for name, taken in times.items()}
+
+    def _one(self, run: Callable[[], Any]) -> float:
+        if self.rehearsing:
+            start = time.perf_counter()
+            run()
+            return 1e3 * (time.perf_counter() - start)
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        run()
+        end.record()
+        torch.cuda.synchronize()
+        return begin.elapsed_time(end)
+
+    def peak_mb(self, run: Callable[[], Any]) -> float:
+        """Most megabytes (1e6) beyond what was allocated, and what `run` returns."""
+        if self.rehearsing:
+            run()
+            return 0.0
+        self.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        results = run()
+        self.synchronize()
+        kept = sum(x.numel() * x.itemsize for x in results or () if x is not None)
+        return (torch.cuda.max_memory_allocated() - before - kept) / 1e6
+
+    @contextlib.contextmanager
+    def waits(self) -> Iterator[list[str]]:
+        """What made the host wait for the device within, by torch's own account."""
+        seen: list[str] = []
+        if self.rehearsing:  # a CPU is its own host
+            yield seen
+            return
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn")
+            try:
+                yield seen
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+                found = (str(w.message) for w in caught)
+                seen += [message for message in found if "synchroniz" in message]
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    """Norm of the difference over the norm of what is right."""
+    actual, expected = actual.double(), expected.double()
+    return float((actual - expected).norm() / expected.norm())
