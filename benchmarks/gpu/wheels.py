@@ -1,4 +1,4 @@
-"""What a bare GPU machine lacks for `python -m benchmarks.gpu`, brought there as wheels.
+"""What a bare GPU machine lacks for `python -m benchmarks.gpu`, brought as wheels.
 
     python -m benchmarks.gpu.wheels gather FOLDER       # with a network
     python -m benchmarks.gpu.wheels put FOLDER TARGET   # there, without
@@ -26,7 +26,7 @@ STACK = [
     *("megatron-core", "torchao", "kernels", "fsspec", "dill", "multiprocess"),
     *("pydantic", "pydantic_core", "annotated-types", "typing-inspection"),
     *("typing_extensions", "addict", "fire", "termcolor", "evaluate", "posthog"),
-    *("backoff", "distro", "python-dotenv", "pytest"),
+    *("backoff", "distro", "python-dotenv", "fastcore", "pytest"),
     # The loss head is compared with it.
     "liger_kernel",
 ]
