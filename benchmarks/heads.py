@@ -4,7 +4,11 @@ Each takes hidden [T, H], weight [V, H] and targets [T], and returns log-probs [
 where it has none of its own, a sum of them) and entropies or None.
 """
 
+import importlib.util
+import sys
+import types
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -44,6 +48,14 @@ def cut_cross_entropy(
 
 def verl(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """verl's linear cross-entropy, Triton."""
+    # `import verl` would want Ray: its folders alone will do.
+    found = importlib.util.find_spec("verl")
+    if "verl" not in sys.modules and found and found.submodule_search_locations:
+        root = Path(found.submodule_search_locations[0])
+        for name in ("verl", "verl.utils", "verl.utils.kernel"):
+            module = types.ModuleType(name)
+            module.__path__ = [str(root.parent.joinpath(*name.split(".")))]
+            sys.modules[name] = module
     from verl.utils.kernel.linear_cross_entropy import linear_cross_entropy
 
     return linear_cross_entropy(hidden, weight, targets, 1.0)

@@ -57,12 +57,13 @@ CASES: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
     "bf16, scale 1/4": (BF16, {"logits_scale": 0.25}),
     "bf16, 100 padding ids": (BF16, {"padding": 100}),
 }
-# Log-probs (absolute) and gradients (relative norm). Sums are float32 whatever the
-# operands, so log-probs differ where operands are rounded only; gradients by two
-# roundings to the dtype: of p, and of the result.
+# Log-probs (absolute) and gradients (relative norm). Operands are exact, but Hopper's
+# tensor cores align the products of 16-bit operands before they add them, and drop bits
+# that float32 has: 4e-5 measured, on logits up to 9. Gradients are rounded to the dtype
+# twice: p, and the result.
 LIMITS: dict[str, tuple[float, float]] = {
-    "bf16": (2e-5, 8e-3),
-    "fp16": (2e-5, 1e-3),
+    "bf16": (1e-4, 8e-3),
+    "fp16": (1e-4, 1e-3),
     "fp32": (1e-5, 1e-5),
     "fp32, TF32 matmuls": (2e-2, 2e-3),
     "fp32 weights, bf16 autocast": (8e-2, 2e-2),
