@@ -91,7 +91,7 @@ def linear_logprobs(
         logits_scale: factor on the logits, before the cap (Granite, Cohere).
         with_entropy: False returns zeros for the entropies.
         tile_shape: rows and vocabulary of one tile of logits. None: 1024 x 1024; on a
-            GPU 2048 x 4096.
+            GPU 8192 x 4096.
         num_active: how many targets are not `ignore_index`, of a caller that knows, and
             that has seen to it that they are in the vocabulary. None: they are counted
             and checked here.
@@ -116,9 +116,9 @@ def linear_logprobs(
     start, num_ids, num_all = _shard(len(weight), tp_group, vocab_size)
     rows = _active_rows(targets, hidden, num_all, ignore_index, num_active)
     if tile_shape is None:
-        # Either stays in the last cache, which holds some 4 MB of a CPU's and 40 of a
-        # GPU's. They do not depend on the number of rows: nor do a row's bits.
-        tile_shape = (1024, 1024) if hidden.device.type == "cpu" else (2048, 4096)
+        # A CPU's stays in its last cache; a GPU's is large enough that nothing but
+        # matmuls counts. Neither depends on the number of rows: nor do a row's bits.
+        tile_shape = (1024, 1024) if hidden.device.type == "cpu" else (8192, 4096)
     exact = torch.float64 if dtype == torch.float64 else torch.float32
     head = _Head(
         start,

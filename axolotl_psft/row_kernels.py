@@ -9,7 +9,6 @@ A row's statistics are one program's work, in blocks of a fixed size, one after 
 their bits depend on that row alone.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -18,7 +17,8 @@ from torch import Tensor
 # bits, so not tuned by size.
 _BLOCK = 4096
 _WARPS = 8
-_LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
+# What the cache should know: a logit is read once, a bias by every row.
+_ONCE, _OFTEN = tl.constexpr("evict_first"), tl.constexpr("evict_last")
 
 
 def add_statistics(
@@ -53,6 +53,7 @@ def add_statistics(
         softcap or 1.0,
         HAS_BIAS=bias is not None,
         HAS_CAP=softcap is not None,
+        IS_WHOLE=num_columns % _BLOCK == 0,
         BLOCK=_BLOCK,
         num_warps=_WARPS,
     )
@@ -92,9 +93,19 @@ def gradient(
         softcap or 1.0,
         HAS_BIAS=bias is not None,
         HAS_CAP=softcap is not None,
+        IS_WHOLE=num_columns % _BLOCK == 0,
         BLOCK=_BLOCK,
         num_warps=_WARPS,
     )
+
+
+@triton.jit
+def _load(x, column, num_columns, IS_WHOLE: tl.constexpr, POLICY: tl.constexpr):
+    if IS_WHOLE:  # a mask costs a fifth of the time
+        v = tl.load(x + column, eviction_policy=POLICY)
+    else:
+        v = tl.load(x + column, mask=column < num_columns, other=0.0)
+    return v.to(tl.float32)
 
 
 @triton.jit
@@ -118,6 +129,7 @@ def _add_statistics(
     softcap,
     HAS_BIAS: tl.constexpr,
     HAS_CAP: tl.constexpr,
+    IS_WHOLE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0)
@@ -128,14 +140,14 @@ def _add_statistics(
     u = tl.load(stats + 2 * stats_stride)
     for start in range(0, num_columns, BLOCK):
         column = start + tl.arange(0, BLOCK)
-        inside = column < num_columns
-        v = tl.load(x + column, mask=inside, other=0.0).to(tl.float32)
+        v = _load(x, column, num_columns, IS_WHOLE, _ONCE)
         if HAS_BIAS:
-            v += tl.load(bias + column, mask=inside, other=0.0)
+            v += _load(bias, column, num_columns, IS_WHOLE, _OFTEN)
         v *= scale
         if HAS_CAP:
             v = softcap * _tanh(v / softcap)
-        v = tl.where(inside, v, float("-inf"))
+        if not IS_WHOLE:
+            v = tl.where(column < num_columns, v, float("-inf"))
         before = maximum
         maximum = tl.maximum(before, tl.max(v, 0))
         v -= maximum
@@ -175,16 +187,15 @@ def _gradient(
     softcap,
     HAS_BIAS: tl.constexpr,
     HAS_CAP: tl.constexpr,
+    IS_WHOLE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = column < num_columns
-    v = tl.load(x + row.to(tl.int64) * x_stride + column, mask=inside, other=0.0).to(
-        tl.float32
-    )
+    x += row.to(tl.int64) * x_stride
+    v = _load(x, column, num_columns, IS_WHOLE, _ONCE)
     if HAS_BIAS:
-        v += tl.load(bias + column, mask=inside, other=0.0)
+        v += _load(bias, column, num_columns, IS_WHOLE, _OFTEN)
     v *= scale
     slope = tl.load(g + row)
     if HAS_CAP:
@@ -196,4 +207,8 @@ def _gradient(
     hit = column == tl.load(local + row)
     d *= tl.where(hit, 1.0, 0.0) - tl.exp(v - tl.load(lse + row))
     out += row.to(tl.int64) * out_stride
-    tl.store(out + column, d.to(out.dtype.element_ty), mask=inside)
+    d = d.to(out.dtype.element_ty)
+    if IS_WHOLE:
+        tl.store(out + column, d)
+    else:
+        tl.store(out + column, d, mask=column < num_columns)
