@@ -19,6 +19,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.data_loader import DataLoaderShard
+from accelerate.utils import send_to_device
 from axolotl.core.trainers.base import AxolotlTrainer
 from axolotl.monkeypatch.relora import ReLoRACallback
 from axolotl.utils.logging import get_logger
@@ -202,6 +204,17 @@ class PSFTTrainer(AxolotlTrainer, _CorrectedLogs):  # type: ignore[misc]
                 sampler, self.args.seed if seed is None else seed
             )
         return sampler
+
+    def get_train_dataloader(self) -> Any:
+        """The stock one, whose batches stay on the host until it is their turn.
+
+        A window's are looked at before, and no device need hold them meanwhile.
+        """
+        loader: Any = super().get_train_dataloader()
+        # A stream's, which the first rank deals out, travels from device to device.
+        if isinstance(loader, DataLoaderShard):
+            loader.device = None
+        return loader
 
     # ---- Start and resume ----
 
@@ -620,7 +633,9 @@ class PSFTTrainer(AxolotlTrainer, _CorrectedLogs):  # type: ignore[misc]
 
     def _prepare_inputs(self, inputs: Batch) -> Batch:
         self._complete(inputs)
-        return super()._prepare_inputs(inputs)
+        # The Trainer's own copy would wait for all that the device has still to do.
+        there = send_to_device(inputs, self.args.device, non_blocking=True)
+        return super()._prepare_inputs(there)
 
     def _complete(self, batch: Batch) -> None:
         """Add what the host must know of a micro-batch; of a window's, ahead of time.

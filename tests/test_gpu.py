@@ -15,6 +15,7 @@ from axolotl_psft import attention, linear_logprobs, logprobs
 from axolotl_psft.causal_lm import install_logprobs_forward
 from axolotl_psft.objective import psft_loss
 from axolotl_psft.packing import attention_lengths, count_on_host, targets_of
+from axolotl_psft.trainer import PSFTTrainer
 from benchmarks.gpu import training
 from benchmarks.gpu.measure import Bench
 from tests.reference import head_inputs, naive_logprobs
@@ -187,6 +188,28 @@ def test_the_host_never_waits_in_a_micro_batch() -> None:
 
 
 # ---- Runs ----
+
+
+@pytest.mark.gpu
+def test_no_micro_batch_of_a_run_waits(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, seen = PSFTTrainer.training_step, []
+
+    def training_step(*args: Any, **kwargs: Any) -> Any:
+        with Bench("cuda").waits() as waits:
+            result = original(*args, **kwargs)
+        seen.append([where for where in waits if "axolotl_psft" in where])
+        return result
+
+    monkeypatch.setattr(PSFTTrainer, "training_step", training_step)
+    options = {**stateful(packed=True), "bf16": True, "save_strategy": "no"}
+    trainer = run(config(tiny, tmp_path, **{**options, "save_steps": None}))
+    assert trainer.model.config._attn_implementation == attention.NAME
+    # The first loads kernels.
+    assert len(seen) == 16
+    assert not any(seen[1:])
+
 
 PRECISIONS: dict[str, dict[str, Any]] = {
     "float32": {},

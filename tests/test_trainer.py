@@ -8,7 +8,10 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from axolotl_psft import logprobs
 from axolotl_psft.metrics import TokenSums
+from axolotl_psft.trainer import PSFTTrainer
+from tests.host_waits import HostWaits
 from tests.tiny import PROMPT, column, config, eval_data, run, train_logs, write_dataset
 
 # Same maths, other summation order, in float32: a few units in the last place (1e-7)
@@ -206,6 +209,28 @@ def test_scoring_costs_one_forward_less_than_the_window(
     assert scored == [6, 6]
     seconds = column(trainer, "psft/score_seconds")
     assert [s > 0 for s in seconds] == [True, False, False, False, True, False]
+
+
+def test_no_micro_batch_makes_the_host_wait(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, waits = PSFTTrainer.training_step, []
+
+    def training_step(*args: Any, **kwargs: Any) -> Any:
+        with HostWaits() as mode:
+            loss = original(*args, **kwargs)
+        waits.append(mode.total)
+        return loss
+
+    monkeypatch.setattr(PSFTTrainer, "training_step", training_step)
+    # Rows without a gradient are left out on a CPU only, which waits for nobody.
+    keep_all = lambda rows, grad, lse: (rows, grad[rows].to(lse.dtype), lse)  # noqa: E731
+    monkeypatch.setattr(logprobs, "_moving_rows", keep_all)
+    trainer = run(config(tiny, tmp_path, gradient_accumulation_steps=2))
+    # transformers looks twice a forward, whether rows are padded and how.
+    assert waits == [2] * 16
+    # What must be known of a micro-batch is known before it is on the device.
+    assert trainer.get_train_dataloader().device is None
 
 
 def test_long_scoring_shows_progress(

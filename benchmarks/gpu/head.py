@@ -183,6 +183,8 @@ def waiting(bench: Bench) -> Iterator[Figure]:
     with bench.waits() as seen:
         run()
     yield Figure("the host never waits for the head", not seen)
+    if seen:
+        yield Figure("it waits at", ", ".join(sorted(set(seen))))
 
 
 # ---- Fast ----

@@ -106,7 +106,7 @@ class Bench:
 
     @contextlib.contextmanager
     def waits(self) -> Iterator[list[str]]:
-        """What made the host wait for the device within, by torch's own account."""
+        """Where the host waited for the device within, by torch's own account."""
         seen: list[str] = []
         if self.rehearsing:  # a CPU is its own host
             yield seen
@@ -118,9 +118,12 @@ class Bench:
                 yield seen
             finally:
                 torch.cuda.set_sync_debug_mode("default")
-                found = (str(w.message) for w in caught)
-                # torch warns of the mode itself, too.
-                seen += [message for message in found if "called a synch" in message]
+                seen += [
+                    f"{each.filename}:{each.lineno}"
+                    for each in caught
+                    # torch warns of the mode itself, too.
+                    if "called a synchronizing" in str(each.message)
+                ]
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
