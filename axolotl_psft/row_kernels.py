@@ -15,7 +15,7 @@ from torch import Tensor
 
 # Logits that a program holds at once: 16 a thread with 8 warps. Part of the result's
 # bits, so not tuned by size.
-_BLOCK = 4096
+_BLOCK = 2048
 _WARPS = 8
 # What the cache should know: a logit is read once, a bias by every row.
 _ONCE, _OFTEN = tl.constexpr("evict_first"), tl.constexpr("evict_last")

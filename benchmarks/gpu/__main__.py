@@ -35,9 +35,9 @@ STEPS: dict[str, tuple[str, int]] = {
     "step": ("benchmarks.gpu.training", 60),
     "axolotl": ("benchmarks.gpu.training", 90),
     "megatron": ("benchmarks.gpu.training", 50),
+    "tests": ("benchmarks.gpu.tests", 90),
     "attention": ("benchmarks.gpu.attention", 50),
     "peers": ("benchmarks.gpu.head", 60),
-    "tests": ("benchmarks.gpu.tests", 90),
 }
 # By --only: for whoever tunes the head.
 EXTRA: dict[str, tuple[str, int]] = {"tiles": ("benchmarks.gpu.head", 120)}
