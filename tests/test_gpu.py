@@ -53,14 +53,17 @@ def test_head_agrees_with_float64(
     expected = naive_logprobs(*exact, targets)
     expected_grads = torch.autograd.grad(expected[0], exact, grad)
     ours = [x.to(device).requires_grad_() for x in (hidden, weight)]
-    logp, entropy = linear_logprobs(*ours, targets.to(device))
-    grads = torch.autograd.grad(logp, ours, grad.to(device, torch.float32))
     # A GPU's matmul leaves its sums in float32; a CPU's rounds them.
     close = CLOSE[dtype if device == "cpu" else torch.float32]
-    for actual, wanted in ((logp, expected[0]), (entropy, expected[1])):
-        assert_close(actual.double().cpu(), wanted, **close)
-    for actual, wanted in zip(grads, expected_grads, strict=True):
-        assert_close(actual.double().cpu(), wanted, **CLOSE[dtype])
+    for tile_shape in (None, (60, 5_000)):  # one strip of rows, and several
+        logp, entropy = linear_logprobs(
+            *ours, targets.to(device), tile_shape=tile_shape
+        )
+        grads = torch.autograd.grad(logp, ours, grad.to(device, torch.float32))
+        for actual, wanted in ((logp, expected[0]), (entropy, expected[1])):
+            assert_close(actual.double().cpu(), wanted, **close)
+        for actual, wanted in zip(grads, expected_grads, strict=True):
+            assert_close(actual.double().cpu(), wanted, **CLOSE[dtype])
 
 
 @pytest.mark.parametrize("device", DEVICES)
