@@ -39,6 +39,8 @@ PSFT = [path.stem for path in RECIPES if path.stem != GRPO]
 
 # What a recipe for GPUs needs that this machine lacks; the rest of it is validated.
 GPU_ONLY = {"bf16": False, "tf32": False}
+# Axolotl's keys for kernels that need a GPU: test_liger.py runs those.
+LIGER = ("liger_rms_norm", "liger_rope", "liger_glu_activation")
 
 
 def recipe(name: str) -> tuple[str, dict[str, Any]]:
@@ -80,7 +82,10 @@ def test_recipe_is_valid(path: Path, tiny: Path, tmp_path: Path) -> None:
         assert not {"plugins", "psft"} & set(cfg)
         assert set(cfg["trl"]) <= set(validated.trl)
         return
-    assert cfg["plugins"] == ["axolotl_psft"]
+    is_for_cpus = path.stem.startswith("quickstart")
+    liger = [] if is_for_cpus else ["axolotl.integrations.liger.LigerPlugin"]
+    assert cfg["plugins"] == ["axolotl_psft", *liger]
+    assert all(validated[key] is (not is_for_cpus or None) for key in LIGER)
     assert validated.psft.refresh_steps == cfg["psft"]["refresh_steps"]
     assert validated.psft.epsilon_high == cfg["psft"]["epsilon_high"]
 
@@ -89,7 +94,8 @@ def test_recipe_is_valid(path: Path, tiny: Path, tmp_path: Path) -> None:
 
 ORDER = [
     "base_model",
-    "plugins psft rl trl adapter lora_r lora_alpha lora_dropout lora_target_linear",
+    "plugins psft liger_rms_norm liger_rope liger_glu_activation",
+    "rl trl adapter lora_r lora_alpha lora_dropout lora_target_linear",
     "tensor_parallel_size",
     "chat_template datasets test_datasets val_set_size train_on_inputs",
     "dataset_prepared_path output_dir",

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from tests.test_example_scripts import script
-from tests.test_examples import GPU_ONLY, GRPO, recipe
+from tests.test_examples import GPU_ONLY, GRPO, LIGER, recipe
 from tests.tiny import column, load, run, train_logs, write_model, write_rows
 
 ROOT = Path(__file__).parent.parent
@@ -185,6 +185,7 @@ def local(name: str, models: Path, data: Path, tmp_path: Path) -> dict[str, Any]
     return {
         **cfg,
         **GPU_ONLY,
+        **dict.fromkeys(LIGER, False),
         "base_model": str(models / family),
         "datasets": datasets,
         "dataset_prepared_path": str(tmp_path / "prepared"),

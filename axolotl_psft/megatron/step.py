@@ -6,9 +6,11 @@ a step happens, is the trainer's business.
 
 Collectives of one optimizer step, beside those of the model (layers.py) and the head
 (logprobs.py), each micro-batch's: the reduction of gradients over the data-parallel
-group (one a buffer, and one all-gather of the weights with the distributed optimizer),
+group (one a bucket, and one all-gather of its weights with the distributed optimizer),
 one all-reduce of partial gradients over the tensor-parallel group where the model has
 any, one all-reduce of the gradient norm; once a run, at the first clipping, one more.
+On an accelerator a bucket's reduction runs beside the rest of the last backward pass,
+and the all-gathers beside what comes before the layers that wait for them.
 """
 
 import os
@@ -30,6 +32,7 @@ from megatron.core.optimizer import (
     ParamWithNamePredicate,
     get_megatron_optimizer,
 )
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer import MegatronModule, TransformerConfig
 from torch import Tensor, nn
@@ -40,7 +43,7 @@ from axolotl_psft.megatron.cpu import stand_ins
 from axolotl_psft.megatron.groups import Layout
 from axolotl_psft.megatron.layers import partial_gradients
 
-_FORMAT = "axolotl_psft.megatron_optimizer/1"
+_FORMAT = "axolotl_psft.megatron_optimizer/2"
 
 
 class OptimizerFileError(RuntimeError):
@@ -96,15 +99,8 @@ class MegatronStep:
         # over the data-parallel ranks, knows Adam only; SGD has no moments.
         distributed = layout.dp_size > 1 and settings.name == "adam"
         config = _step_config(model, layout, dtype)
-        ddp_config = DistributedDataParallelConfig(
-            # Half-precision gradients of many micro-batches and ranks lose their tail.
-            grad_reduce_in_fp32=True,
-            use_distributed_optimizer=distributed,
-        )
         with stand_ins():
-            self.ddp = DistributedDataParallel(
-                config, ddp_config, _Wrapped(config, model)
-            )
+            self.ddp = _data_parallel(config, model, layout, distributed)
             config.no_sync_func = self.ddp.no_sync
             config.finalize_model_grads_func = finalize_model_grads
             chained = get_megatron_optimizer(
@@ -114,6 +110,15 @@ class MegatronStep:
                 use_gloo_process_groups=False,
             )
         (self.optimizer,) = chained.chained_optimizers
+        if self._gathers_late:
+            # From an update until the gathers are through, a rank has old values of
+            # the others' shards. Modules wait before their forward; whoever reads all
+            # of the weights, to save or to replace them, takes them from here.
+            model.register_state_dict_pre_hook(lambda *_: self._finish_gathering())
+            # Loaded, they are the same everywhere: not to be gathered at a forward,
+            # which not all ranks may have before the first update.
+            for group in self.ddp.bucket_groups:
+                group.param_gather_dispatched = True
         self.adapter = OptimizerAdapter(self)
 
     def forward_backward(
@@ -167,6 +172,24 @@ class MegatronStep:
         """Step the optimizer; with the distributed one, gather the new weights."""
         with stand_ins():
             self.optimizer.step_with_ready_grads()
+            if self._gathers_late:
+                self._start_gathering()
+
+    @property
+    def _gathers_late(self) -> bool:
+        return self.ddp.ddp_config.overlap_param_gather
+
+    def _start_gathering(self) -> None:
+        # All here, and not each bucket's before the forward that needs it: of what
+        # ranks do next, not all have the same to do, and a group's collectives must
+        # have one order. The last bucket has the first layers.
+        for group in reversed(self.ddp.bucket_groups):
+            group.start_param_sync()
+
+    def _finish_gathering(self) -> None:
+        for group in self.ddp.bucket_groups:
+            if group.param_gather_handle is not None:  # else it would gather again
+                group.start_param_sync(force_sync=True)
 
     # ---- State of the optimizer, one file a rank ----
 
@@ -201,9 +224,15 @@ class MegatronStep:
             )
         device = next(self.ddp.parameters()).device
         state = torch.load(path, map_location=device, weights_only=True)
-        if state.get("format") != _FORMAT or state["layout"] != self.layout.describe():
+        if state.get("format") != _FORMAT:
             raise OptimizerFileError(
-                f"{path}: written under {state.get('layout')}, this run is "
+                f"{path}: {state.get('format')}, this version reads {_FORMAT}. Resume "
+                "with the version that wrote it, or start a new run with base_model "
+                "set to this checkpoint."
+            )
+        if state["layout"] != self.layout.describe():
+            raise OptimizerFileError(
+                f"{path}: written under {state['layout']}, this run is "
                 f"{self.layout.describe()}. Launch with that layout, or start a new "
                 "run with base_model set to this checkpoint."
             )
@@ -255,6 +284,52 @@ class OptimizerAdapter(torch.optim.Optimizer):
 def _optimizer_path(folder: str | os.PathLike, layout: Layout) -> Path:
     name = f"megatron_optimizer_tp{layout.tp_rank}_dp{layout.dp_rank}.pt"
     return Path(folder) / name
+
+
+def can_overlap(layout: Layout) -> bool:
+    """Whether collectives of the data-parallel group run beside the computation.
+
+    On a CPU they would take its cores from it; of one rank there is nothing to reduce.
+    Every trainable parameter must then get a gradient in every step, if of zeros.
+    """
+    return layout.dp_size > 1 and torch.accelerator.is_available()
+
+
+def _bucket_size(layout: Layout) -> int:
+    """Parameters whose gradients are reduced at once. Megatron-Core's default."""
+    return max(40_000_000, 1_000_000 * layout.dp_size)
+
+
+def _data_parallel(
+    config: TransformerConfig,
+    model: PreTrainedModel,
+    layout: Layout,
+    distributed: bool,
+) -> DistributedDataParallel:
+    overlap = can_overlap(layout)
+    ddp_config = DistributedDataParallelConfig(
+        # Half-precision gradients of many micro-batches and ranks lose their tail.
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=distributed,
+        bucket_size=_bucket_size(layout),
+        overlap_grad_reduce=overlap,
+        overlap_param_gather=overlap and distributed,
+        # The gathers are started by MegatronStep.update, not by each other's end.
+        align_param_gather=True,
+    )
+    wrapped = _Wrapped(config, model)
+    parts = None
+    if distributed:
+        # Of every bucket each rank has a part in its optimizer. Megatron's own choice
+        # is a single one where nothing overlaps: a checkpoint's optimizer would depend
+        # on that.
+        parts = DistributedOptimizer.compute_full_param_layout(
+            [p for p in wrapped.parameters() if p.requires_grad],
+            ddp_config.bucket_size,
+            layout.dp_size,
+            ddp_config,
+        )
+    return DistributedDataParallel(config, ddp_config, wrapped, full_param_layout=parts)
 
 
 def _step_config(

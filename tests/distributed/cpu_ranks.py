@@ -6,6 +6,8 @@ called; everything that computes is what a GPU would run.
 
 import importlib
 import os
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 
@@ -57,3 +59,57 @@ def distributed_muon() -> None:
     from axolotl.contribs.mit import muon
 
     muon.MuonOptimizerFactory = muon.DistMuonOptimizerFactory
+
+
+def overlap(late: bool = False) -> None:
+    """Megatron's data-parallel collectives beside the computation.
+
+    Args:
+        late: they run when somebody waits for them: whoever does not finds what was
+            there before, which on a machine this fast would be luck.
+    """
+    from megatron.core.distributed import param_and_grad_buffer
+
+    from axolotl_psft.megatron import step
+
+    step.can_overlap = lambda layout: True
+    if late:
+        group = param_and_grad_buffer._ParamAndGradBucketGroup
+        group.start_param_sync = _late(group.start_param_sync, "param_gather_handle")
+        group.start_grad_sync = _late(group.start_grad_sync, "grad_reduce_handle")
+
+
+@dataclass(eq=False)
+class _Late:
+    """A handle of a collective that has not begun, nor have those after it."""
+
+    start: Callable[..., None]
+    group: Any
+    name: str
+
+    def wait(self) -> None:
+        while self in _NOT_BEGUN:
+            _NOT_BEGUN.pop(0)._run()
+
+    def _run(self) -> None:
+        setattr(self.group, self.name, None)
+        self.start(self.group)
+        getattr(self.group, self.name).wait()
+        setattr(self.group, self.name, self)  # for whoever waits for it
+
+
+_NOT_BEGUN: list[_Late] = []
+
+
+def _late(start: Callable[..., None], name: str) -> Callable[..., None]:
+    def start_late(group: Any, force_sync: bool = False, **kwargs: Any) -> None:
+        if force_sync:
+            start(group, force_sync=True)
+            return
+        assert getattr(group, name) is None
+        handle = _Late(start, group, name)
+        setattr(group, name, handle)
+        _NOT_BEGUN.append(handle)
+        group.param_gather_dispatched |= name == "param_gather_handle"
+
+    return start_late

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from tests.distributed.cpu_ranks import overlap
 from tests.distributed.launch import keep_process_group
 from tests.tiny import (
     config,
@@ -135,6 +136,14 @@ def main(models: Path, output: Path, tp_size: int, names: list[str]) -> dict[str
         else:
             results[name] = globals()[name](models, folder, tp_size)
     return results
+
+
+def overlapping(models: Path, output: Path, tp_size: int) -> None:
+    """From here on: what data-parallel ranks exchange is as late as it can be."""
+    from axolotl_psft.megatron import step
+
+    overlap(late=True)
+    step._bucket_size = lambda layout: 2000  # several in so small a model
 
 
 def varlen_lengths(models: Path, output: Path, tp_size: int) -> dict[str, Any]:

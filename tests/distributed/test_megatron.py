@@ -295,6 +295,26 @@ def test_checkpoints_that_do_not_fit_are_named(tmp_path: Path) -> None:
         assert "has no safetensors files" in empty
 
 
+def old_optimizer(folder: Path) -> str:
+    from axolotl_psft.megatron import step
+
+    model, layout = split("qwen3", folder)
+    ours = step.MegatronStep(model, layout, step.OptimizerSettings("sgd", lr=0.1))
+    ours.save_optimizer(folder)
+    path = folder / f"megatron_optimizer_tp{layout.tp_rank}_dp0.pt"
+    ours.load_optimizer(folder)
+    torch.save({**torch.load(path), "format": "axolotl_psft.optimizer/0"}, path)
+    with pytest.raises(step.OptimizerFileError) as caught:
+        ours.load_optimizer(folder)
+    return str(caught.value)
+
+
+def test_an_optimizer_of_another_version_is_refused(tmp_path: Path) -> None:
+    for error in run_distributed(old_optimizer, TP, written(tmp_path)):
+        assert "axolotl_psft.optimizer/0, this version reads axolotl_psft." in error
+        assert "base_model" in error
+
+
 def test_nothing_of_it_is_imported_without_tensor_parallelism() -> None:
     import subprocess
     import sys

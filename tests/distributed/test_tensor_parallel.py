@@ -91,6 +91,14 @@ def two_by_two(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Ranks:
 
 
 @pytest.fixture(scope="module")
+def late(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Ranks:
+    """As `two_by_two`, with collectives beside the computation, as on GPUs."""
+    output = tmp_path_factory.mktemp("late")
+    names = ["overlapping", *DATA_PARALLEL, "evaluated", "resumed"]
+    return Ranks(models, output, 4, 2, *names)
+
+
+@pytest.fixture(scope="module")
 def alone(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Dense runs, each made once: a function of the name."""
     output = tmp_path_factory.mktemp("dense")
@@ -140,6 +148,22 @@ def test_tp_4_equals_dense(four: Ranks, alone: Any, name: str) -> None:
 @pytest.mark.parametrize("name", DATA_PARALLEL)
 def test_tp_2_by_dp_2_equals_dense(two_by_two: Ranks, alone: Any, name: str) -> None:
     check(two_by_two, alone, name)
+
+
+@pytest.mark.parametrize("name", DATA_PARALLEL)
+def test_overlap_equals_dense(late: Ranks, alone: Any, name: str) -> None:
+    check(late, alone, name)
+
+
+def test_overlap_evaluates_and_resumes_on_new_weights(
+    late: Ranks, two_by_two: Ranks
+) -> None:
+    expected = two_by_two["evaluated"]["eval_loss"]
+    assert len(set(expected)) == 3
+    assert late["evaluated"]["eval_loss"] == pytest.approx(expected, rel=1e-5)
+    result = late["resumed"]
+    for step in (7, 12, 19):
+        assert result[str(step)] == result["whole"][step:], step
 
 
 @pytest.mark.parametrize("name", ["varlen", "varlen, sequence"])
