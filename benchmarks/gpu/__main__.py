@@ -103,17 +103,15 @@ def run(folder: Path, steps: list[str], rehearse: bool) -> int:
 def _figures_of(step: str, rehearse: bool, folder: Path) -> Any:
     """The lines of one step, in a child process that may not outlast its limit."""
     limit = (STEPS | EXTRA)[step][1] * (5 if rehearse else 1)
-    command = [sys.executable, "-m", "benchmarks.gpu", "--step", step]
     environment = os.environ | ENVIRONMENT
     if rehearse:
-        command.append("--rehearse")
         environment |= {"CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true"}
         environment["OMP_NUM_THREADS"] = "1"
     start, log = time.monotonic(), folder / f"{step}.log"
     failure = None
     with log.open("w") as errors:
         child = subprocess.Popen(
-            command,
+            _command(step, rehearse),
             stdout=subprocess.PIPE,
             stderr=errors,
             env=environment,
@@ -137,6 +135,11 @@ def _figures_of(step: str, rehearse: bool, folder: Path) -> Any:
     seconds = round(time.monotonic() - start, 1)
     print(f"{step}: {failure or 'done'}, {seconds} s", flush=True)
     yield {"step": step, "seconds": seconds}
+
+
+def _command(step: str, rehearse: bool) -> list[str]:
+    command = [sys.executable, "-m", "benchmarks.gpu", "--step", step]
+    return [*command, "--rehearse"] if rehearse else command
 
 
 def _run_step(name: str, bench: Bench) -> None:

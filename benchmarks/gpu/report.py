@@ -59,17 +59,24 @@ def document(lines: list[dict[str, Any]]) -> str:
     )
 
 
+def write(folder: Path, page: Path) -> None:
+    """Make the page anew; what it says from the heading Notes on stays."""
+    path = folder / "figures.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    if "--rehearse" in lines[0]["command"]:
+        sys.exit(f"{path}: a rehearsal's figures mean nothing; run it on a GPU.")
+    before = page.read_text() if page.exists() else ""
+    _, heading, notes = before.partition("\n## Notes\n")
+    page.write_text(document(lines) + heading + notes)
+    print(f"Written: {page}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--output", type=Path, default=Path("docs/gpu.md"))
     args = parser.parse_args()
-    path = args.folder / "figures.jsonl"
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
-    if "--rehearse" in lines[0]["command"]:
-        sys.exit(f"{path}: a rehearsal's figures mean nothing; run it on a GPU.")
-    args.output.write_text(document(lines))
-    print(f"Written: {args.output}")
+    write(args.folder, args.output)
 
 
 if __name__ == "__main__":

@@ -137,11 +137,12 @@ def axolotl(bench: Bench) -> Iterator[Figure]:
     heads = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 64}
     write_model(folder / "model", **bench.size({**sizes, **heads}, {}))
     write_dataset(folder / "train.jsonl", num_samples=400, seed=0)
+    # LoRA last: what Axolotl's LoRA kernels patch stays patched.
     precisions: dict[str, dict[str, Any]] = {
         "bf16": {"bf16": True},
+        "float32": {},
         # torch's scaler wants float32 weights, and Axolotl makes all of them float16.
         "fp16, LoRA": {"fp16": True, "adapter": "lora", **LORA},
-        "float32": {},
     }
     for name, precision in bench.size(precisions, {"float32": {}}).items():
         options: dict[str, Any] = {

@@ -113,7 +113,13 @@ def compare(folder: Path, model_type: str) -> list[tuple[dict[str, Tensor], ...]
     return [(results(a), results(b)) for a, b in zip(fused, plain, strict=True)]
 
 
-@pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize(
+    "model_type",
+    [
+        "qwen3",
+        *(pytest.param(name, marks=pytest.mark.soak) for name in ("llama", "qwen2")),
+    ],
+)
 def test_models_agree_with_and_without_it(tmp_path: Path, model_type: str) -> None:
     folder = written(tmp_path, model_type)
     for rank in run_distributed(compare, TP, folder, model_type):
