@@ -19,7 +19,7 @@ export AXOLOTL_DO_NOT_TRACK := 1
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help install quickstart quickstart-tp2 evidence evidence-quick test \
+.PHONY: help install quickstart quickstart-tp2 evidence evidence-quick test gpu-check \
 	test-previous-lane try-axolotl soak lint pins clean
 
 help:
@@ -29,6 +29,7 @@ help:
 	@echo "make evidence-quick  the same with one seed and fewer updates (10 minutes)"
 	@echo "make test            install, lint, type-check and test (about 25 minutes)"
 	@echo "make test-previous-lane  the same plugin on Axolotl 0.19, Python 3.11 (5 minutes)"
+	@echo "make gpu-check       on a GPU: is everything right, how fast; writes docs/gpu.md (6 minutes)"
 	@echo "make soak            kill, starve and damage runs in every way (about 45 minutes)"
 	@echo "make lint            ruff and mypy only"
 	@echo "make try-axolotl AXOLOTL=0.22.0  the tests on another release of Axolotl"
@@ -74,6 +75,11 @@ evidence: $(STAMP)
 
 evidence-quick: $(STAMP)
 	$(BIN)/python -m benchmarks.forgetting --quick
+
+# On a machine with a GPU; elsewhere `$(BIN)/python -m benchmarks.gpu --rehearse`.
+gpu-check: $(STAMP)
+	$(BIN)/python -m benchmarks.gpu
+	$(BIN)/python -m benchmarks.gpu.report outputs/gpu
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

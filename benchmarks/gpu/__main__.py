@@ -40,7 +40,10 @@ STEPS: dict[str, tuple[str, int]] = {
     "peers": ("benchmarks.gpu.head", 60),
 }
 # By --only: for whoever tunes the head.
-EXTRA: dict[str, tuple[str, int]] = {"tiles": ("benchmarks.gpu.head", 120)}
+EXTRA: dict[str, tuple[str, int]] = {
+    "tiles": ("benchmarks.gpu.head", 120),
+    "profile": ("benchmarks.gpu.head", 60),
+}
 # No network; and Axolotl's copy of stdout would keep the pipe open.
 ENVIRONMENT = {
     "AXOLOTL_DO_NOT_TRACK": "1",

@@ -296,6 +296,27 @@ def tiles(bench: Bench) -> Iterator[Figure]:
         yield Figure(f"tile: {name}", took, "ms")
 
 
+def profile(bench: Bench) -> Iterator[Figure]:
+    """Where a forward and backward pass spends the device's time, kernel by kernel."""
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as profiler
+
+    data = problem(bench, bench.size(SHAPES[0], (64, 32, 507)))
+    head = functools.partial(linear_logprobs, num_active=len(data[2]))
+    step(head, *data)
+    kinds = [ProfilerActivity.CPU, ProfilerActivity.CUDA]
+    with profiler(activities=kinds[: bench.size(2, 1)]) as p:
+        step(head, *data)
+        bench.synchronize()
+
+    def spent(event: Any) -> float:
+        times = (event.self_device_time_total, event.self_cpu_time_total)
+        return times[bench.rehearsing] / 1e3
+
+    for event in sorted(p.key_averages(), key=spent, reverse=True)[:8]:
+        yield Figure(f"{event.count} x {event.key[:60]}", spent(event), "ms")
+
+
 def peers(bench: Bench) -> Iterator[Figure]:
     """Others' heads: time over three bare matmuls, memory, error."""
     size = bench.size((8192, 4096, 128_256), (64, 32, 507))

@@ -5,6 +5,7 @@ python -m benchmarks.gpu.report FOLDER [--output docs/gpu.md]
 
 import argparse
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -34,8 +35,15 @@ def _step(step: str, lines: list[dict[str, Any]]) -> list[str]:
             verdict = line.get("verdict", "")
             out.append(f"| {line['what']} | {value} | {target} | {verdict} |")
         elif "failed" in line:
-            out += ["", f"**Failed**: {line['failed'].splitlines()[0]}", ""]
+            out += ["", f"**Failed**: {_cause(line['failed'])}"]
     return out
+
+
+def _cause(failed: str) -> str:
+    """What stopped a step, and the error at the end of its log."""
+    what, _, log = failed.partition(";")
+    errors = re.findall(r"^\w+(?:Error|Exception|Interrupt)\b.*", log, re.MULTILINE)
+    return "; ".join([what, *errors[-1:]])
 
 
 def _number(value: Any) -> str:
