@@ -90,9 +90,8 @@ def linear_logprobs(
         softcap: logits become softcap * tanh(logits / softcap), as in Gemma.
         logits_scale: factor on the logits, before the cap (Granite, Cohere).
         with_entropy: False returns zeros for the entropies.
-        tile_shape: rows and vocabulary of one tile of logits. None: 1024 x 1024; on a
-            GPU 8192 x 8192,
-            in backward a quarter of the rows.
+        tile_shape: rows and vocabulary of one tile of logits; in backward on a GPU a
+            quarter of the rows. None: 1024 x 1024; on a GPU 8192 x 8192.
         num_active: how many targets are not `ignore_index`, of a caller that knows, and
             that has seen to it that they are in the vocabulary. None: they are counted
             and checked here.
