@@ -10,10 +10,12 @@ import json
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from axolotl.utils.logging import get_logger
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from axolotl_psft import objective
 
 LOG = get_logger(__name__)
 
@@ -41,17 +43,10 @@ _NUMBERS: dict[str, tuple[bool, Callable[[float], bool], str, str]] = {
     ),
 }
 
-# Of each objective: the numbers that take part in it.
-_NUMBERS_OF = {
-    "psft": {"epsilon", "epsilon_high", "refresh_steps", "sft_warmup_steps"},
-    "sft": set(),
-    "sft_kl": {"kl_coef"},
-}
-
 # For better messages: the trainer refuses any loss function that arrives all the same.
 _LOSS_OPTIONS = {
     "use_eaft": "it replaces the loss by entropy-aware focal training",
-    "use_dft": "it replaces the loss by dynamic fine-tuning",
+    "use_dft": "it replaces the loss, and psft.objective: dft is the same",
     "chunked_cross_entropy": "it replaces the loss; psft has a chunked head of its own",
     "cut_cross_entropy": "it replaces the loss; psft has a chunked head of its own",
     "liger_cross_entropy": "it replaces the loss; psft has a chunked head of its own",
@@ -107,11 +102,10 @@ _NOT_TENSOR_PARALLEL = {
     "max_memory": "each rank holds its shard. Remove it",
 }
 
-# Of each objective that compares with scored log-probs: what it computes from them, and
-# whose they are.
+# Of scored log-probs: what is computed from them, and whose they are.
 _SCORED = {
-    "psft": ("psft's ratio", "old log-probs are"),
-    "sft_kl": ("sft_kl's penalty", "the initial policy is"),
+    "old policy": ("ratio", "old log-probs are"),
+    "initial policy": ("penalty", "the initial policy is"),
 }
 
 # Attention that gets packed rows as one sequence each. Of kernels from the hub nobody
@@ -153,15 +147,15 @@ class PSFTConfig(BaseModel):
         description="With tensor_parallel_size: split the hidden states between blocks "
         "along the sequence. Less memory for activations, the same losses.",
     )
-    objective: Literal["psft", "sft", "sft_kl"] = Field(
+    objective: str = Field(
         default="psft",
-        description="`sft` and `sft_kl` train the baselines SFT and SFT-KL with the "
-        "same metrics.",
+        description="`sft`, `sft_kl`, `dft` and `asft` train baselines with the same "
+        "metrics; an import path is an objective of your own.",
     )
     kl_coef: float = Field(
         default=0.5,
-        description="With objective: sft_kl, the weight of the KL term that holds the "
-        "model near the initial policy.",
+        description="With objective: sft_kl or asft, the weight of the KL term that "
+        "holds the model near the initial policy.",
     )
 
     check_data_files: bool = Field(
@@ -187,12 +181,13 @@ class PSFTConfig(BaseModel):
                     f"psft.{key} is not a setting, got {data[key]!r}. "
                     f"{hint}Known settings: {known}."
                 )
-        if data.get("objective", "psft") not in ("psft", "sft", "sft_kl"):
+        try:
+            objective.find(str(data.get("objective", "psft")))
+        except ValueError as error:
             raise ValueError(
-                "psft.objective must be psft, sft or sft_kl, got "
-                f"{data['objective']!r}. Use psft; the others are baselines with the "
-                "same metrics."
-            )
+                f"psft.objective must be an objective, got {data['objective']!r}. "
+                f"{error}"
+            ) from error
         for key in ("sequence_parallel", "check_data_files"):
             default = cls.model_fields[key].default
             if not isinstance(data.get(key, default), bool):
@@ -206,17 +201,18 @@ class PSFTConfig(BaseModel):
 
     def settings_without_effect(self) -> list[str]:
         """Warnings about settings that change nothing, each one sentence or two."""
-        unused = self.model_fields_set & _NUMBERS.keys() - _NUMBERS_OF[self.objective]
+        rule = objective.find(self.objective)
+        unused = self.model_fields_set & _NUMBERS.keys() - rule.settings
         warnings = [
             f"psft.{key} has no effect with psft.objective: {self.objective}."
             for key in sorted(unused)
         ]
-        if self.objective == "sft_kl" and self.kl_coef == 0:
+        if rule.reference == "initial policy" and self.kl_coef == 0:
             warnings.append(
-                "psft.kl_coef: 0 is plain SFT that logs its distance to the initial "
-                "policy. Use 0.5 (the paper's setting)."
+                "psft.kl_coef: 0 does not hold the model near the initial policy; the "
+                "distance is logged only. Use 0.5 (the paper's setting)."
             )
-        if self.objective != "psft":
+        if rule.reference != "old policy":
             return warnings
         if "epsilon" in self.model_fields_set and self.epsilon_high is not None:
             warnings.append(
@@ -383,15 +379,20 @@ def tensor_parallel_size(cfg: Mapping[str, Any]) -> int:
 
 def _check_stream(cfg: Mapping[str, Any]) -> None:
     for key in ("streaming", "pretraining_dataset"):
-        if cfg.get(key) and _objective(cfg) == "sft_kl":
+        rule = _objective(cfg)
+        if cfg.get(key) and rule.reference == "initial policy":
             why = "every sample is scored before the first step. Use `datasets:` alone"
-            _refuse(key, cfg[key], why, other="psft.objective: sft_kl")
+            _refuse(key, cfg[key], why, other=f"psft.objective: {rule.name}")
 
 
-def _objective(cfg: Mapping[str, Any]) -> str:
-    # A block that is none has an error of its own.
+def _objective(cfg: Mapping[str, Any]) -> objective.Objective:
+    # A block that is none, or names none, has an error of its own.
     block = cfg.get("psft")
-    return block.get("objective", "psft") if isinstance(block, Mapping) else "psft"
+    name = block.get("objective", "psft") if isinstance(block, Mapping) else "psft"
+    try:
+        return objective.find(str(name))
+    except ValueError:
+        return objective.SFT
 
 
 def _check_optimizer(cfg: Mapping[str, Any]) -> None:
@@ -484,9 +485,12 @@ def _refuse(key: str, value: Any, why: str, *, other: str = "a psft block") -> N
 
 def combination_warnings(cfg: Mapping[str, Any]) -> list[str]:
     """Settings elsewhere in the YAML that psft makes ineffective or noisy."""
-    objective = _objective(cfg)
+    rule = _objective(cfg)
     warnings = []
-    if objective == "psft" and cfg.get("loss_watchdog_threshold") is not None:
+    if (
+        rule.reference == "old policy"
+        and cfg.get("loss_watchdog_threshold") is not None
+    ):
         warnings.append(
             f"loss_watchdog_threshold: {cfg['loss_watchdog_threshold']} has no effect "
             "with psft: the loss stays near -1. Watch psft/nll."
@@ -502,11 +506,11 @@ def combination_warnings(cfg: Mapping[str, Any]) -> list[str]:
         ("lora_dropout", "Set lora_dropout: 0"),
         ("neftune_noise_alpha", "Remove it"),
     ):
-        if cfg.get(key) and objective in _SCORED:
-            noisy, scored = _SCORED[objective]
+        if cfg.get(key) and rule.reference is not None:
+            noisy, scored = _SCORED[rule.reference]
             warnings.append(
-                f"{key}: {cfg[key]} adds noise to {noisy}: {scored} scored without it. "
-                f"{remedy}."
+                f"{key}: {cfg[key]} adds noise to {rule.name}'s {noisy}: {scored} "
+                f"scored without it. {remedy}."
             )
     optimizer = str(cfg.get("optimizer"))
     if cfg.get("fsdp_config") and optimizer.startswith(("sgd", "schedule_free")):

@@ -1,10 +1,18 @@
-"""The PSFT objective: token log-probs in, loss and token sums out.
+"""Objectives: token log-probs in, loss and token sums out.
 
-Pure torch maths. What the old policy is, when it is scored and how sums become the
-metrics a person reads lives in old_policy.py, trainer.py and metrics.py.
+Pure torch maths, PSFT's and its baselines'; at the end of the file each of them is a
+value, and to add one is to add a function and an entry there. What the old policy is,
+when it is scored and how sums become the metrics a person reads lives in old_policy.py,
+trainer.py and metrics.py.
 """
 
+import difflib
+import functools
+import importlib
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -94,8 +102,8 @@ def sft_loss(
     """
     current = logprobs.detach()
     _, metrics = psft_loss(current, current, mask)
-    divisor = metrics["num_tokens"].clamp(min=1) if num_tokens is None else num_tokens
-    return -torch.where(mask, logprobs, 0.0).sum() / divisor, metrics
+    nll_sum = -torch.where(mask, logprobs, 0.0).sum()
+    return nll_sum / _divisor(metrics, num_tokens), metrics
 
 
 def sft_kl_loss(
@@ -139,15 +147,72 @@ def sft_kl_loss(
     Source: Zhu et al., Proximal Supervised Fine-Tuning, arXiv 2508.17784.
     """
     nll, metrics = sft_loss(logprobs, mask, num_tokens=num_tokens)
-    # Masked positions hold 0 here, and e**0 - 0 - 1 adds nothing. expm1: near p0, where
-    # every run starts, e**d - 1 would be nothing but rounding.
-    d = -_log_ratio(logprobs, initial_logprobs, mask)
-    kl_sum = (d.expm1() - d).sum()
-    divisor = metrics["num_tokens"].clamp(min=1) if num_tokens is None else num_tokens
-    return nll + kl_coef * kl_sum / divisor, {
+    kl_sum = _penalty(logprobs, initial_logprobs, mask)
+    return nll + kl_coef * kl_sum / _divisor(metrics, num_tokens), {
         **metrics,
         "approx_kl_sum": kl_sum.detach(),
     }
+
+
+def dft_loss(
+    logprobs: Tensor, mask: Tensor, *, num_tokens: Tensor | int | None = None
+) -> tuple[Tensor, dict[str, Tensor]]:
+    r"""Dynamic fine-tuning: SFT whose tokens weigh as much as they are likely.
+
+    .. math:: -\frac{1}{N} \sum_t \mathrm{sg}(p_t) \log p_t
+
+    over the active tokens, sg: not differentiated. The gradient is ``-p * grad
+    logprobs``, that is, ``-grad p``: an unlikely token pulls little.
+
+    Args, Returns, Raises: see :func:`psft_loss`; the sums are those of
+    :func:`sft_loss`.
+
+    Source: Wu et al., On the Generalization of SFT, arXiv 2508.05629.
+    """
+    _, metrics = sft_loss(logprobs, mask, num_tokens=num_tokens)
+    # Selected first: what stands at masked positions must not meet a weight.
+    active = torch.where(mask, logprobs, 0.0)
+    weighted = active.detach().exp() * active
+    return -weighted.sum() / _divisor(metrics, num_tokens), metrics
+
+
+def asft_loss(
+    logprobs: Tensor,
+    initial_logprobs: Tensor,
+    mask: Tensor,
+    *,
+    kl_coef: float = 0.5,
+    num_tokens: Tensor | int | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Anchored fine-tuning: :func:`dft_loss` and the penalty of :func:`sft_kl_loss`.
+
+    The paper's KL term is over the whole vocabulary; this one is of the token alone, as
+    in :func:`sft_kl_loss`, for of the initial policy nothing else is kept.
+
+    Args, Returns, Raises: see :func:`sft_kl_loss`.
+
+    Source: Zhu et al., Anchored Supervised Fine-Tuning, arXiv 2509.23753.
+    """
+    dft, metrics = dft_loss(logprobs, mask, num_tokens=num_tokens)
+    kl_sum = _penalty(logprobs, initial_logprobs, mask)
+    return dft + kl_coef * kl_sum / _divisor(metrics, num_tokens), {
+        **metrics,
+        "approx_kl_sum": kl_sum.detach(),
+    }
+
+
+def _penalty(logprobs: Tensor, initial_logprobs: Tensor, mask: Tensor) -> Tensor:
+    """The sum of the active tokens' ``e**d - d - 1``."""
+    # Masked positions hold 0 here, and e**0 - 0 - 1 adds nothing. expm1: near p0, where
+    # every run starts, e**d - 1 would be nothing but rounding.
+    d = -_log_ratio(logprobs, initial_logprobs, mask)
+    return (d.expm1() - d).sum()
+
+
+def _divisor(
+    metrics: dict[str, Tensor], num_tokens: Tensor | int | None
+) -> Tensor | int:
+    return metrics["num_tokens"].clamp(min=1) if num_tokens is None else num_tokens
 
 
 def _log_ratio(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor) -> Tensor:
@@ -195,3 +260,117 @@ def upper_bound(epsilon: float, epsilon_high: float | None) -> float:
             "Use 0.28 (the paper's setting), or leave it out to use epsilon."
         )
     return 1.0 + (epsilon if epsilon_high is None else epsilon_high)
+
+
+# ---- Objectives as values ----
+
+Loss = Callable[
+    [Tensor, Tensor, Tensor, Tensor | int | None, Any],
+    tuple[Tensor, dict[str, Tensor]],
+]
+"""(log-probs, those it compares with, mask, number of tokens, settings of the `psft:`
+block) -> (loss, sums of :func:`psft_loss`). Where it compares with none, the second are
+the first, detached."""
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What a run minimizes."""
+
+    name: str
+    reference: Literal["old policy", "initial policy"] | None
+    """Whose log-probs it compares with. The old policy's are scored each
+    ``refresh_steps`` optimizer steps, the initial policy's once."""
+    loss: Loss
+    settings: frozenset[str] = frozenset()
+    """Numbers of the `psft:` block that it reads."""
+
+
+_WINDOW = frozenset({"refresh_steps", "sft_warmup_steps"})
+
+SFT = Objective("sft", None, lambda p, _, mask, n, s: sft_loss(p, mask, num_tokens=n))
+OBJECTIVES: dict[str, Objective] = {
+    each.name: each
+    for each in (
+        Objective(
+            "psft",
+            "old policy",
+            lambda p, old, mask, n, s: psft_loss(
+                p,
+                old,
+                mask,
+                epsilon=s.epsilon,
+                epsilon_high=s.epsilon_high,
+                num_tokens=n,
+            ),
+            _WINDOW | {"epsilon", "epsilon_high"},
+        ),
+        SFT,
+        Objective(
+            "sft_kl",
+            "initial policy",
+            lambda p, initial, mask, n, s: sft_kl_loss(
+                p, initial, mask, kl_coef=s.kl_coef, num_tokens=n
+            ),
+            frozenset({"kl_coef"}),
+        ),
+        Objective(
+            "dft", None, lambda p, _, mask, n, s: dft_loss(p, mask, num_tokens=n)
+        ),
+        Objective(
+            "asft",
+            "initial policy",
+            lambda p, initial, mask, n, s: asft_loss(
+                p, initial, mask, kl_coef=s.kl_coef, num_tokens=n
+            ),
+            frozenset({"kl_coef"}),
+        ),
+    )
+}
+
+
+@functools.cache
+def find(name: str) -> Objective:
+    """An objective by its name, or by the import path of a user's own.
+
+    The path is that of an :class:`Objective`, or of a function with the signature of
+    :data:`Loss`, which then compares with the old policy. Sums that it does not return
+    are those of :func:`psft_loss`.
+
+    Raises:
+        ValueError: there is none; says why.
+    """
+    if name in OBJECTIVES:
+        return OBJECTIVES[name]
+    module, _, attribute = name.rpartition(".")
+    if not module:
+        close = difflib.get_close_matches(name, OBJECTIVES, n=1)
+        hint = f"Did you mean {close[0]}? " if close else ""
+        raise ValueError(
+            f"{hint}Use {', '.join(OBJECTIVES)}, or the import path of your own."
+        )
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(
+            f"It cannot be imported ({error}). Run from the folder that it is in, or "
+            "install it."
+        ) from error
+    if isinstance(found, Objective):
+        return found
+    if not callable(found):
+        raise ValueError("It is neither a function nor an axolotl_psft Objective.")
+    everything = _WINDOW | {"epsilon", "epsilon_high", "kl_coef"}
+    return Objective(name, "old policy", _with_all_sums(found), everything)
+
+
+def _with_all_sums(function: Loss) -> Loss:
+    @functools.wraps(function)
+    def loss(
+        logprobs: Tensor, old: Tensor, mask: Tensor, num_tokens: Any, settings: Any
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        value, sums = function(logprobs, old, mask, num_tokens, settings)
+        bounds = {"epsilon": settings.epsilon, "epsilon_high": settings.epsilon_high}
+        return value, {**psft_loss(logprobs.detach(), old, mask, **bounds)[1], **sums}
+
+    return loss

@@ -42,8 +42,8 @@ class Window:
     """The optimizer steps still to run under the current old policy.
 
     ``start_step`` is the global step of the last refresh. Every micro-batch but those
-    of the step ``start_step`` has old log-probs attached. (With the objective
-    ``sft_kl`` a window is one step, and they are the initial policy's.)
+    of the step ``start_step`` has old log-probs attached. (With an objective that
+    compares with the initial policy a window is one step, and they are that one's.)
     """
 
     start_step: int = 0

@@ -53,7 +53,7 @@ from axolotl_psft.config import PSFTConfig
 from axolotl_psft.failures import DataWorkerError
 from axolotl_psft.initial_policy import InitialPolicy
 from axolotl_psft.metrics import TokenSums
-from axolotl_psft.objective import psft_loss, sft_kl_loss, sft_loss
+from axolotl_psft.objective import SFT, Objective, find
 from axolotl_psft.old_policy import Batch, SavedWindow, Step, Window
 from axolotl_psft.packing import (
     IGNORE_INDEX,
@@ -68,8 +68,8 @@ LOG = get_logger(__name__)
 # Scoring that takes longer than this shows a progress bar.
 _PROGRESS_AFTER_SECONDS = 5.0
 
-# Settings of the block that change no step; kl_coef is another objective's.
-_NOT_OF_THE_OBJECTIVE = {"sequence_parallel", "kl_coef", "check_data_files"}
+# Settings of the block that change no step.
+_CHANGE_NO_STEP = {"sequence_parallel", "check_data_files"}
 
 _TOKEN_COUNTS = {"tokens/trainable", "tokens/total", "tokens/train_per_sec_per_gpu"}
 
@@ -158,6 +158,10 @@ class PSFTTrainer(AxolotlTrainer, _CorrectedLogs):  # type: ignore[misc]
             )
 
     @property
+    def _objective(self) -> Objective:
+        return find(self.psft.objective)
+
+    @property
     def is_stream(self) -> bool:
         """Whether the training data is read on the way and its size not known."""
         return not has_length(self.train_dataset)
@@ -226,7 +230,7 @@ class PSFTTrainer(AxolotlTrainer, _CorrectedLogs):  # type: ignore[misc]
         )
         self._reset_run_state()
         warmup = self.psft.sft_warmup_steps
-        if self.psft.objective == "psft" and warmup >= max_steps:
+        if self._objective.reference == "old policy" and warmup >= max_steps:
             LOG.warning(
                 f"psft.sft_warmup_steps: {warmup} is not shorter than the run "
                 f"({max_steps} steps): all of it is plain SFT. Lower it."
@@ -236,7 +240,8 @@ class PSFTTrainer(AxolotlTrainer, _CorrectedLogs):  # type: ignore[misc]
         self._saved_window = self._resumed_window
         # Not twice in a run: where auto_find_batch_size starts over, the model has been
         # trained already.
-        if self.psft.objective == "sft_kl" and self._initial_policy is None:
+        compares = self._objective.reference == "initial policy"
+        if compares and self._initial_policy is None:
             self._initial_policy = self._prepare_initial_policy(
                 train_dataloader, resume_from_checkpoint
             )
@@ -329,10 +334,14 @@ class PSFTTrainer(AxolotlTrainer, _CorrectedLogs):  # type: ignore[misc]
         }
 
     def _objective_settings(self) -> dict[str, Any]:
-        if self.psft.objective == "sft_kl":
-            return self.psft.model_dump(include={"objective", "kl_coef"})
+        if self._objective.reference == "initial policy":
+            return self.psft.model_dump(
+                include={"objective", *self._objective.settings}
+            )
+        # Of an objective without settings all the others, as ever.
+        others = set() if "kl_coef" in self._objective.settings else {"kl_coef"}
         return {
-            **self.psft.model_dump(exclude=_NOT_OF_THE_OBJECTIVE),
+            **self.psft.model_dump(exclude=_CHANGE_NO_STEP | others),
             # What takes part in the objective, not how it was written.
             "epsilon": self.psft.epsilon if self.psft.epsilon_high is None else None,
         }
@@ -487,7 +496,8 @@ class PSFTTrainer(AxolotlTrainer, _CorrectedLogs):  # type: ignore[misc]
             )
 
     def _in_psft_phase(self, step: int) -> bool:
-        return self.psft.objective == "psft" and step >= self.psft.sft_warmup_steps
+        compares = self._objective.reference == "old policy"
+        return compares and step >= self.psft.sft_warmup_steps
 
     def _count_tokens(self, steps: Any) -> None:
         """Active tokens of each optimizer step over all ranks: one all-reduce."""
@@ -691,25 +701,13 @@ class PSFTTrainer(AxolotlTrainer, _CorrectedLogs):  # type: ignore[misc]
             )
         bits = output.old_logprobs
         old = logprobs.detach() if bits is None else old_policy.attached(bits)
-        if self._in_psft_phase(self.state.global_step):
-            loss, sums = psft_loss(
-                logprobs,
-                old,
-                mask,
-                epsilon=self.psft.epsilon,
-                epsilon_high=self.psft.epsilon_high,
-                num_tokens=num_items_in_batch,
-            )
-        elif self._initial_policy is not None:
-            loss, sums = sft_kl_loss(
-                logprobs,
-                old,
-                mask,
-                kl_coef=self.psft.kl_coef,
-                num_tokens=num_items_in_batch,
-            )
-        else:
-            loss, sums = sft_loss(logprobs, mask, num_tokens=num_items_in_batch)
+        objective = self._objective
+        warms_up = objective.reference == "old policy" and not self._in_psft_phase(
+            self.state.global_step
+        )
+        loss, sums = (SFT if warms_up else objective).loss(
+            logprobs, old, mask, num_items_in_batch, self.psft
+        )
         self._train_sums.add({**sums, "entropy_sum": output.entropy.sum()})
         # Data parallelism averages gradients over ranks; the divisor already counts
         # the tokens of all of them.

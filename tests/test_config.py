@@ -19,8 +19,8 @@ PAPER = "Use 8 (the paper's setting); 1 is plain SFT."
 PPO = "Use 0.2 (PPO's usual setting)."
 HIGH = "Use 0.28 (the paper's setting), or leave it out to use epsilon."
 NONE = "Use 0 for none."
-OBJECTIVE = "Use psft; the others are baselines with the same metrics."
-WHICH = "psft.objective must be psft, sft or sft_kl, got"
+OBJECTIVE = "Use psft, sft, sft_kl, dft, asft, or the import path of your own."
+WHICH = "psft.objective must be an objective, got"
 COEF = "Use 0.5 (the paper's setting)."
 
 BAD_VALUES = [
@@ -55,6 +55,10 @@ BAD_VALUES = [
     ),
     # Not a choice.
     ("objective", "dpo", f"{WHICH} 'dpo'. {OBJECTIVE}"),
+    ("objective", "pssft", f"{WHICH} 'pssft'. Did you mean psft? {OBJECTIVE}"),
+    ("objective", "no.such", f"{WHICH} 'no.such'. It cannot be imported (No module na"),
+    ("objective", "math.no", f"{WHICH} 'math.no'. It cannot be imported (module 'mat"),
+    ("objective", "math.pi", f"{WHICH} 'math.pi'. It is neither a function nor an ax"),
     ("objective", None, f"{WHICH} None. {OBJECTIVE}"),
     ("objective", [], f"{WHICH} []. {OBJECTIVE}"),
 ]
@@ -421,7 +425,7 @@ WARNED = [
     ),
     (
         {"psft": {"objective": "sft_kl", "kl_coef": 0}},
-        ["psft.kl_coef: 0 is plain SFT that logs its distance to the initial policy."],
+        ["psft.kl_coef: 0 does not hold the model near the initial policy; the dis"],
     ),
     (
         {"loss_watchdog_threshold": 5.0, "loss_watchdog_patience": 3},
@@ -496,8 +500,16 @@ NOISY = {"lora_dropout": 0.05, "neftune_noise_alpha": 5.0}
                 "neftune_noise_alpha: 5.0 adds noise to psft's ratio: old log-probs",
             ],
         ),
-        # Its loss is the NLL, and nothing is scored.
+        # Nothing is scored.
         ("sft", []),
+        ("dft", []),
+        (
+            "asft",
+            [
+                "lora_dropout: 0.05 adds noise to asft's penalty: the initial policy",
+                "neftune_noise_alpha: 5.0 adds noise to asft's penalty: the initial",
+            ],
+        ),
         (
             "sft_kl",
             [

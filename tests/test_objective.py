@@ -8,7 +8,18 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from axolotl_psft.objective import psft_loss, sft_kl_loss, sft_loss, upper_bound
+from axolotl_psft.config import PSFTConfig
+from axolotl_psft.objective import (
+    OBJECTIVES,
+    Objective,
+    asft_loss,
+    dft_loss,
+    find,
+    psft_loss,
+    sft_kl_loss,
+    sft_loss,
+    upper_bound,
+)
 
 INF, NAN = math.inf, math.nan
 # math.exp and torch.exp differ by an ulp or two; sums here have a few terms.
@@ -506,3 +517,82 @@ def test_sft_kl_micro_batches_add_up():
     torch.testing.assert_close(torch.cat([part[1] for part in parts]), grad, **EXACT)
     total = sum(part[2]["approx_kl_sum"] for part in parts)
     torch.testing.assert_close(total, sums["approx_kl_sum"], rtol=1e-12, atol=0)
+
+
+# ---- DFT and ASFT ----
+
+
+def test_dft_and_asft_worked_by_hand():
+    new = f64([math.log(0.5), math.log(0.25), NAN], requires_grad=True)
+    initial = f64([math.log(0.25), math.log(0.5), 0.0])
+    mask = torch.tensor([True, True, False])
+    loss, sums = dft_loss(new, mask, num_tokens=4)
+    expected = -(0.5 * math.log(0.5) + 0.25 * math.log(0.25)) / 4
+    torch.testing.assert_close(loss, f64([expected])[0], **EXACT)
+    (grad,) = torch.autograd.grad(loss, new)
+    # -p a token: that of -p itself.
+    torch.testing.assert_close(grad, f64([-0.5 / 4, -0.25 / 4, 0.0]), **EXACT)
+    torch.testing.assert_close(sums, sft_loss(new, mask)[1])
+
+    loss, sums = asft_loss(new, initial, mask, kl_coef=0.1, num_tokens=4)
+    # d = log(p0 / p) is -log 2 and log 2.
+    penalty = (0.5 + math.log(2) - 1) + (2 - math.log(2) - 1)
+    torch.testing.assert_close(loss, f64([expected + 0.1 * penalty / 4])[0], **EXACT)
+    torch.testing.assert_close(sums["approx_kl_sum"], f64([penalty])[0], **EXACT)
+    (grad,) = torch.autograd.grad(loss, new)
+    pulls = [-0.5 + 0.1 * (1 - 0.5), -0.25 + 0.1 * (1 - 2.0), 0.0]
+    torch.testing.assert_close(grad, f64(pulls) / 4, **EXACT)
+
+
+def test_asft_without_its_penalty_is_dft_to_the_last_bit():
+    new, initial = torch.randn(2, 50, generator=torch.Generator().manual_seed(0)) - 3
+    mask = torch.arange(50) % 3 > 0
+    dft, _ = dft_loss(new, mask)
+    assert torch.equal(asft_loss(new, initial, mask, kl_coef=0)[0], dft)
+
+
+# ---- Objectives as values ----
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_an_objective_is_its_function(name: str):
+    objective, settings = find(name), PSFTConfig(epsilon_high=0.1, kl_coef=0.3)
+    new, old = torch.randn(2, 50, generator=torch.Generator().manual_seed(0)) - 3
+    mask = torch.arange(50) % 3 > 0
+    expected = {
+        "psft": psft_loss(new, old, mask, epsilon_high=0.1, num_tokens=7),
+        "sft": sft_loss(new, mask, num_tokens=7),
+        "sft_kl": sft_kl_loss(new, old, mask, kl_coef=0.3, num_tokens=7),
+        "dft": dft_loss(new, mask, num_tokens=7),
+        "asft": asft_loss(new, old, mask, kl_coef=0.3, num_tokens=7),
+    }[name]
+    torch.testing.assert_close(objective.loss(new, old, mask, 7, settings), expected)
+    assert objective.name == name
+    # What it says that it reads is what it reads.
+    for key in ("epsilon_high", "kl_coef"):
+        other = settings.model_copy(update={key: 0.01})
+        changed = objective.loss(new, old, mask, 7, other)[0]
+        assert torch.equal(changed, expected[0]) == (key not in objective.settings)
+
+
+def own_loss(new, old, mask, num_tokens, settings):
+    return -torch.where(mask, new - old, 0.0).sum() / num_tokens, {
+        "nll_sum": f64([9.0])[0]
+    }
+
+
+OWN = Objective("own", "initial policy", own_loss)
+
+
+def test_an_objective_of_ones_own():
+    found = find(f"{__name__}.own_loss")
+    assert found.reference == "old policy"
+    new, old = f64([-1.0, -2.0]), f64([-1.5, -1.0])
+    mask = torch.tensor([True, True])
+    loss, sums = found.loss(new, old, mask, 2, PSFTConfig(epsilon_high=0.28))
+    assert loss == 0.25
+    assert sums["nll_sum"] == 9
+    # Sums that it does not know are PSFT's.
+    rest = psft_loss(new, old, mask, epsilon_high=0.28)[1]
+    assert {**sums, "nll_sum": 0} == {**rest, "nll_sum": 0}
+    assert find(f"{__name__}.OWN") is OWN

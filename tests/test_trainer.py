@@ -89,6 +89,58 @@ def test_refresh_every_step_trains_like_plain_axolotl(
     assert column(psft, "ppl") == pytest.approx(column(stock, "ppl"), rel=1e-5)
 
 
+def test_dft_trains_like_axolotls_own(tiny: Path, tmp_path: Path) -> None:
+    dft = run(config(tiny, tmp_path / "psft", psft={"objective": "dft"}))
+    options: dict[str, Any] = {"psft": None, "plugins": None, "use_dft": True}
+    stock = run(config(tiny, tmp_path / "stock", **options))
+    for key in ("loss", "grad_norm"):
+        # fp32: 1e-6, relative to losses and norms near 1.
+        ours, theirs = (torch.tensor(column(each, key)) for each in (dft, stock))
+        assert_close(ours, theirs, rtol=1e-6, atol=1e-6, msg=_say(key))
+    for name, weight in weights(dft).items():
+        assert_close(weight, weights(stock)[name], rtol=0, atol=1e-6, msg=_say(name))
+    assert column(dft, "psft/ratio_max") == [1.0] * 8
+
+
+def test_asft_starts_as_dft_and_is_held_back(tiny: Path, tmp_path: Path) -> None:
+    runs = {
+        name: run(config(tiny, tmp_path / name, psft=psft))
+        for name, psft in {
+            "dft": {"objective": "dft"},
+            "asft": {"objective": "asft", "kl_coef": 0.5},
+        }.items()
+    }
+    norms = [column(each, "grad_norm") for each in runs.values()]
+    # Where p is p0, the penalty has no gradient.
+    assert norms[0][0] == pytest.approx(norms[1][0], rel=1e-6)
+    assert norms[0][-1] != pytest.approx(norms[1][-1], rel=1e-3)
+    kl = column(runs["asft"], "psft/approx_kl")
+    # Scored in batches of another shape: rounding, squared.
+    assert kl[0] < 1e-8 < kl[-1]
+    assert column(runs["asft"], "psft/nll")[-1] > column(runs["dft"], "psft/nll")[-1]
+
+
+def unbounded_loss(
+    new: Any, old: Any, mask: Any, num_tokens: Any, settings: Any
+) -> Any:
+    ratio = torch.where(mask, (new - old).exp(), 0.0)
+    return -ratio.sum() / num_tokens, {}
+
+
+def test_an_objective_by_its_import_path(
+    tiny: Path, tmp_path: Path, psft_run: Any
+) -> None:
+    psft = {**PSFT, "objective": f"{__name__}.unbounded_loss"}
+    own = run(config(tiny, tmp_path / "own", psft=psft, micro_batch_size=8))
+    wide = {**PSFT, "epsilon_high": 1e9}
+    expected = run(config(tiny, tmp_path / "wide", psft=wide, micro_batch_size=8))
+    assert column(own, "loss") == column(expected, "loss")
+    assert column(own, "psft/old_policy_age") == [0, 1, 2, 3, 0, 1, 2, 3]
+    # What would have been clipped is counted all the same.
+    assert max(column(own, "psft/clip_frac")) > 0
+    assert column(own, "loss") != column(psft_run, "loss")
+
+
 def test_a_plugin_without_a_block_changes_nothing(tiny: Path, tmp_path: Path) -> None:
     listed = run(config(tiny, tmp_path / "listed", psft=None))
     stock = run(config(tiny, tmp_path / "stock", psft=None, plugins=None))
