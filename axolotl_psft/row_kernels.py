@@ -13,8 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Logits that a program holds at once: 16 a thread with 8 warps. Part of the result's
-# bits, so not tuned by size.
+# Logits that a program holds at once: 8 a thread with 8 warps. Part of the result's bits,
+# so not tuned by size.
 _BLOCK = 2048
 _WARPS = 8
 # What the cache should know: a logit is read once, a bias by every row.
@@ -51,11 +51,7 @@ def add_statistics(
         bias,
         scale,
         softcap or 1.0,
-        HAS_BIAS=bias is not None,
-        HAS_CAP=softcap is not None,
-        IS_WHOLE=num_columns % _BLOCK == 0,
-        BLOCK=_BLOCK,
-        num_warps=_WARPS,
+        **_constants(num_columns, bias, softcap),
     )
 
 
@@ -91,12 +87,21 @@ def gradient(
         bias,
         scale,
         softcap or 1.0,
-        HAS_BIAS=bias is not None,
-        HAS_CAP=softcap is not None,
-        IS_WHOLE=num_columns % _BLOCK == 0,
-        BLOCK=_BLOCK,
-        num_warps=_WARPS,
+        **_constants(num_columns, bias, softcap),
     )
+
+
+def _constants(
+    num_columns: int, bias: Tensor | None, softcap: float | None
+) -> dict[str, int]:
+    """What a kernel is compiled for."""
+    return {
+        "HAS_BIAS": bias is not None,
+        "HAS_CAP": softcap is not None,
+        "IS_WHOLE": num_columns % _BLOCK == 0,
+        "BLOCK": _BLOCK,
+        "num_warps": _WARPS,
+    }
 
 
 @triton.jit
