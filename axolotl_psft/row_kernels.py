@@ -13,8 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Logits that a program holds at once: 8 a thread with 8 warps. Part of the result's bits,
-# so not tuned by size.
+# Logits that a program holds at once: 8 a thread with 8 warps. Part of the result's
+# bits, so not tuned by size.
 _BLOCK = 2048
 _WARPS = 8
 # What the cache should know: a logit is read once, a bias by every row.

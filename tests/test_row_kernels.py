@@ -39,7 +39,7 @@ def float32(*tensors: Tensor) -> list[Tensor]:
 
 # Below, at and beyond a block of the kernels; targets at the borders of 4 shards, which
 # the last tile shape makes borders of tiles.
-@pytest.mark.parametrize("vocab_size", [8, 507, 4096, 4097, 9_000])
+@pytest.mark.parametrize("vocab_size", [8, 507, 2048, 2049, 5_000])
 @pytest.mark.parametrize("num_tokens", [1, 13])
 def test_agrees_with_float64(num_tokens: int, vocab_size: int) -> None:
     hidden, weight, targets, grad = head_inputs(num_tokens, vocab_size)
@@ -47,7 +47,7 @@ def test_agrees_with_float64(num_tokens: int, vocab_size: int) -> None:
     leaves = float32(*exact)
     expected = naive_logprobs(*exact, targets)
     d_expected = grads(expected[0], grad, *exact)
-    for columns in (vocab_size, 4_999, -(-vocab_size // 4)):
+    for columns in (vocab_size, 2_999, -(-vocab_size // 4)):
         actual = linear_logprobs(*leaves, targets, tile_shape=(8, columns))
         assert_close(actual, expected, **CLOSE)
         assert_close(grads(actual[0], grad, *leaves), d_expected, **CLOSE)
