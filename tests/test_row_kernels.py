@@ -16,7 +16,7 @@ pytest.importorskip("triton", reason="Triton is installed on Linux only")
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
 
 # Logits reach 16, and float32 keeps 24 bits: of them, and of sums of 123 products or of
-# 9,000 probabilities. An error of a hundredth in any term is far beyond it.
+# 5,000 probabilities. An error of a hundredth in any term is far beyond it.
 CLOSE: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-5, "check_dtype": False}
 
 
