@@ -128,6 +128,7 @@ def test_models_agree_with_and_without_it(tmp_path: Path, model_type: str) -> No
             assert_close(fused, plain, **CLOSE)
 
 
+@pytest.mark.soak  # the interpreter takes its time
 def test_runs_agree_with_and_without_it(tmp_path: Path) -> None:
     models = write_models(tmp_path)
     plain = torch.tensor(logs(run(tp_config(models, tmp_path / "plain", 1, **SHORT))))
