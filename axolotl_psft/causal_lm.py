@@ -71,7 +71,8 @@ def install_logprobs_forward(model: PreTrainedModel) -> None:
     """Let ``model(..., logprob_targets=[B, S])`` return :class:`TokenLogprobsOutput`.
 
     ``num_active``, the number of targets that are not -100, spares the head a wait for
-    the device; ``old_logprobs`` are handed through to the output. Idempotent.
+    the device; without ``with_entropy`` entropies are 0 and cost nothing;
+    ``old_logprobs`` are handed through to the output. Idempotent.
     ``labels`` are ignored in such a call and no cache is built.
 
     Raises:
@@ -102,6 +103,7 @@ def install_logprobs_forward(model: PreTrainedModel) -> None:
         *args: Any,
         logprob_targets: Tensor | None = None,
         num_active: int | None = None,
+        with_entropy: bool = True,
         old_logprobs: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
@@ -115,6 +117,7 @@ def install_logprobs_forward(model: PreTrainedModel) -> None:
             hidden.flatten(0, 1),
             targets.flatten(),
             num_active,
+            with_entropy,
             transform,
         )
         return TokenLogprobsOutput(
@@ -133,6 +136,7 @@ def _install_head_forward(head: nn.Linear, transform: LogitsTransform) -> None:
         hidden: Tensor,
         targets: Tensor | None = None,
         num_active: int | None = None,
+        with_entropy: bool = True,
     ) -> Any:
         if targets is None:
             return original(hidden)
@@ -144,6 +148,7 @@ def _install_head_forward(head: nn.Linear, transform: LogitsTransform) -> None:
             tp_group=getattr(head, "tp_group", None),
             logits_scale=transform.scale,
             softcap=transform.softcap,
+            with_entropy=with_entropy,
             num_active=num_active,
         )
 
@@ -173,11 +178,12 @@ def _head_logprobs(
     hidden: Tensor,
     targets: Tensor,
     num_active: int | None,
+    with_entropy: bool,
     transform: LogitsTransform,
 ) -> tuple[Tensor, Tensor]:
     """[T, H] and [T] -> log-probs and entropy [T], through the head's own call."""
     if hasattr(head, _MARK):
-        return head(hidden, targets, num_active)
+        return head(hidden, targets, num_active, with_entropy)
     # A head that is more than a matrix (LoRA on lm_head, quantized): its logits must
     # exist, but only for the rows that need them.
     active = targets != IGNORE_INDEX
@@ -186,7 +192,7 @@ def _head_logprobs(
     rows = torch.nonzero_static(active, size=num_active).squeeze(1)
     logits = transform(head(hidden[rows]))
     logprobs, entropy = vocab_parallel_logprobs(
-        logits, targets[rows], num_active=num_active
+        logits, targets[rows], with_entropy=with_entropy, num_active=num_active
     )
     empty = logprobs.new_zeros(targets.shape)
     return empty.index_copy(0, rows, logprobs), empty.index_copy(0, rows, entropy)

@@ -542,7 +542,7 @@ class PSFTTrainer(AxolotlTrainer, _CorrectedLogs):  # type: ignore[misc]
             disable=self.args.disable_tqdm or not self.is_local_process_zero(),
         )
         for batch in progress:
-            inputs = self._prepare_inputs(batch)
+            inputs = {**self._prepare_inputs(batch), "with_entropy": False}
             with self.compute_loss_context_manager():
                 _, output = self.compute_loss(model, inputs, return_outputs=True)
             yield batch, output.logprobs

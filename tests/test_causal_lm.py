@@ -305,6 +305,21 @@ def test_the_host_does_not_wait_where_the_number_of_targets_is_known(
     assert waits(logprob_targets=targets) > backbone
 
 
+@pytest.mark.parametrize("target_modules", [[], ["lm_head"]])
+def test_without_entropy_the_logprobs_keep_their_bits(target_modules: list[str]):
+    model = make("Qwen3 untied")
+    if target_modules:  # a head that is more than a matrix
+        model = lora("Qwen3 untied", target_modules=target_modules)
+    install_logprobs_forward(unwrap_peft(model))
+    tokens, targets = example()
+    with torch.no_grad():
+        whole = model(input_ids=tokens, logprob_targets=targets)
+        bare = model(input_ids=tokens, logprob_targets=targets, with_entropy=False)
+    assert torch.equal(bare.logprobs, whole.logprobs)
+    assert whole.entropy.any()
+    assert not bare.entropy.any()
+
+
 def test_labels_are_ignored_and_nothing_is_cached():
     model = make()
     install_logprobs_forward(model)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from axolotl_psft import logprobs
+from axolotl_psft import causal_lm, linear_logprobs, logprobs
 from axolotl_psft.metrics import TokenSums
 from axolotl_psft.trainer import PSFTTrainer
 from tests.host_waits import HostWaits
@@ -245,8 +245,6 @@ def test_a_window_ends_with_the_epoch(tiny: Path, tmp_path: Path) -> None:
 def test_scoring_costs_one_forward_less_than_the_window(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from axolotl_psft.trainer import PSFTTrainer
-
     scored = []
     original = PSFTTrainer._score
 
@@ -255,10 +253,19 @@ def test_scoring_costs_one_forward_less_than_the_window(
         original(self, batches)
 
     monkeypatch.setattr(PSFTTrainer, "_score", count)
+    calls = []
+
+    def head(*args: Any, **kwargs: Any) -> Any:
+        calls.append((torch.is_grad_enabled(), kwargs["with_entropy"]))
+        return linear_logprobs(*args, **kwargs)
+
+    monkeypatch.setattr(causal_lm, "linear_logprobs", head)
     trainer = run(config(tiny, tmp_path, gradient_accumulation_steps=2, max_steps=6))
     # 4 steps of 2 micro-batches each: all but the first step's are scored. The second
     # window goes beyond the end of the run, for one that resumes it.
     assert scored == [6, 6]
+    assert calls.count((False, False)) == 12, "scoring wants no entropy"
+    assert calls.count((True, True)) == len(calls) - 13 == 12
     seconds = column(trainer, "psft/score_seconds")
     assert [s > 0 for s in seconds] == [True, False, False, False, True, False]
 
