@@ -123,12 +123,24 @@ def _know_megatron_0_16(layers: Any) -> None:
     )
 
 
+def _know_one_bucket(step: Any) -> None:
+    """Megatron-Core 0.16 lays out the parts of the distributed optimizer by itself."""
+    kinds = step.DistributedDataParallel, step.DistributedOptimizer
+    kinds[1].compute_full_param_layout = staticmethod(lambda *args: None)
+
+    def without_layout(*args: Any, full_param_layout: None = None) -> Any:
+        return kinds[0](*args)
+
+    step.DistributedDataParallel = without_layout
+
+
 # Of each module: a name that it has once it is complete, and what mends it.
 _ENTRIES: dict[str, tuple[str, Callable[[Any], None]]] = {
     "axolotl.integrations.base": ("PluginManager", _load_bare_name),
     "axolotl.utils.config": ("validate_config", _refuse_block_without_plugin),
     "axolotl_psft.trainer": ("PSFTTrainer", _load_to_numbered_cpus),
     "axolotl_psft.megatron.layers": ("_split_dropout", _know_megatron_0_16),
+    "axolotl_psft.megatron.step": ("_no_decay", _know_one_bucket),
 }
 
 

@@ -318,18 +318,18 @@ def _data_parallel(
         align_param_gather=True,
     )
     wrapped = _Wrapped(config, model)
-    parts = None
+    parts: dict[str, Any] = {}
     if distributed:
         # Of every bucket each rank has a part in its optimizer. Megatron's own choice
         # is a single one where nothing overlaps: a checkpoint's optimizer would depend
         # on that.
-        parts = DistributedOptimizer.compute_full_param_layout(
+        parts["full_param_layout"] = DistributedOptimizer.compute_full_param_layout(
             [p for p in wrapped.parameters() if p.requires_grad],
             ddp_config.bucket_size,
             layout.dp_size,
             ddp_config,
         )
-    return DistributedDataParallel(config, ddp_config, wrapped, full_param_layout=parts)
+    return DistributedDataParallel(config, ddp_config, wrapped, **parts)
 
 
 def _step_config(
