@@ -150,11 +150,14 @@ def test_tp_2_by_dp_2_equals_dense(two_by_two: Ranks, alone: Any, name: str) -> 
     check(two_by_two, alone, name)
 
 
+# A step's own, test_overlap.py, is in every run of the tests.
+@pytest.mark.soak
 @pytest.mark.parametrize("name", DATA_PARALLEL)
 def test_overlap_equals_dense(late: Ranks, alone: Any, name: str) -> None:
     check(late, alone, name)
 
 
+@pytest.mark.soak
 def test_overlap_evaluates_and_resumes_on_new_weights(
     late: Ranks, two_by_two: Ranks
 ) -> None:
