@@ -148,10 +148,8 @@ def sft_kl_loss(
     """
     nll, metrics = sft_loss(logprobs, mask, num_tokens=num_tokens)
     kl_sum = _penalty(logprobs, initial_logprobs, mask)
-    return nll + kl_coef * kl_sum / _divisor(metrics, num_tokens), {
-        **metrics,
-        "approx_kl_sum": kl_sum.detach(),
-    }
+    metrics = {**metrics, "approx_kl_sum": kl_sum.detach()}
+    return nll + kl_coef * kl_sum / _divisor(metrics, num_tokens), metrics
 
 
 def dft_loss(
@@ -195,10 +193,8 @@ def asft_loss(
     """
     dft, metrics = dft_loss(logprobs, mask, num_tokens=num_tokens)
     kl_sum = _penalty(logprobs, initial_logprobs, mask)
-    return dft + kl_coef * kl_sum / _divisor(metrics, num_tokens), {
-        **metrics,
-        "approx_kl_sum": kl_sum.detach(),
-    }
+    metrics = {**metrics, "approx_kl_sum": kl_sum.detach()}
+    return dft + kl_coef * kl_sum / _divisor(metrics, num_tokens), metrics
 
 
 def _penalty(logprobs: Tensor, initial_logprobs: Tensor, mask: Tensor) -> Tensor:

@@ -59,6 +59,11 @@ def head_inputs(
     return hidden.to(dtype), weight.to(dtype), targets, grad
 
 
+def grads(loss: Tensor, grad: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
+    """The inputs' gradients, for an incoming one of any dtype."""
+    return torch.autograd.grad(loss, inputs, grad.to(loss.dtype))
+
+
 class Watch(TorchDispatchMode):
     """Counts matmul operations and collectives, and notes the largest tensors made."""
 

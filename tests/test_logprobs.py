@@ -11,7 +11,13 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from axolotl_psft import linear_logprobs, logprobs, vocab_parallel_logprobs
-from tests.reference import Watch, head_inputs, naive_logprobs, naive_logprobs_of
+from tests.reference import (
+    Watch,
+    grads,
+    head_inputs,
+    naive_logprobs,
+    naive_logprobs_of,
+)
 
 # float64 on both sides: sums over H = 123 and V = 151,936 in another order differ by
 # some 1e-13 of the largest term, and logits reach 15.
@@ -26,10 +32,6 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-
-
-def grads(loss: Tensor, grad: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
-    return torch.autograd.grad(loss, inputs, grad.to(loss.dtype))
 
 
 @pytest.mark.parametrize(("num_tokens", "vocab_size"), SIZES)

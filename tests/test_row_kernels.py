@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from axolotl_psft import linear_logprobs, logprobs, vocab_parallel_logprobs
-from tests.reference import head_inputs, naive_logprobs, naive_logprobs_of
+from tests.reference import grads, head_inputs, naive_logprobs, naive_logprobs_of
 
 pytest.importorskip("triton", reason="Triton is installed on Linux only")
 # numpy says so wherever 0 meets -inf; the kernels select afterwards.
@@ -27,10 +27,6 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
     monkeypatch.setattr(logprobs, "_row_kernels", lambda device: row_kernels)
     return row_kernels
-
-
-def grads(loss: Tensor, grad: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
-    return torch.autograd.grad(loss, inputs, grad.to(loss.dtype))
 
 
 def float32(*tensors: Tensor) -> list[Tensor]:

@@ -4,7 +4,7 @@
 
 Run from the root of the repository. Steps run in the order of what matters most, each
 in a process of its own and for no longer than its limit; one that fails does not stop
-the next. Each figure is a JSON line in FOLDER/figures.jsonl as soon as it is known; a
+the next. Each figure is a JSON line in FOLDER/figures.jsonl once its step has ended; a
 table comes at the end. `python -m benchmarks.gpu.report FOLDER` makes docs/gpu.md of
 figures that were had on a GPU. --rehearse: every step, tiny, on a CPU.
 """
