@@ -171,7 +171,7 @@ class _LinearLogprobs(torch.autograd.Function):
         if need_hidden:
             d_h = torch.zeros(h.shape, dtype=head.accumulate, device=h.device)
         if need_weight:
-            d_weight = _WeightGradient(weight, head, num_strips=-(-len(rows) // strip))
+            d_weight = _WeightGradient(weight, head, len(rows), strip)
         if need_bias:
             d_bias = torch.zeros_like(bias, dtype=head.accumulate)
         scratch = _scratch(weight, head.dtype, head)
@@ -188,7 +188,7 @@ class _LinearLogprobs(torch.autograd.Function):
                     if d_h is not None:
                         _add_matmul(d_h[r], d_x, w)
                     if d_weight is not None:
-                        d_weight.add(v, d_x.t(), h_r)
+                        d_weight.add(v, r, d_x.t(), h_r)
                     del d_x  # before the next strip's is made
         if d_h is not None:
             if head.group is not None:
@@ -211,26 +211,24 @@ class _WeightGradient:
     accumulation dtype first.
     """
 
-    def __init__(self, weight: Tensor, head: _Head, num_strips: int) -> None:
+    def __init__(self, weight: Tensor, head: _Head, num_rows: int, strip: int) -> None:
         self.total = torch.empty_like(weight)
         # Padding, and everything where there is no row.
-        self.total[head.num_ids if num_strips else 0 :] = 0
-        self._num_strips = num_strips
-        self._num_added = 0
+        self.total[head.num_ids if num_rows else 0 :] = 0
+        self._num_rows = num_rows
         self._sum = None
-        if num_strips > 1:
+        if num_rows > strip:
             self._sum = _scratch(weight, head.accumulate, head)
 
-    def add(self, v: slice, a: Tensor, b: Tensor) -> None:
-        """Add a @ b, [C, R] by [R, H], to the tile `v`; its strips come in a row."""
+    def add(self, v: slice, r: slice, a: Tensor, b: Tensor) -> None:
+        """Add a @ b, [C, R] by [R, H] of the rows `r`, to the tile `v`; in order."""
         total = self.total[v]
         partial = total if self._sum is None else self._sum[: len(total)]
-        if self._num_added == 0:
+        if r.start == 0:
             _matmul_to(partial, a, b)
         else:
             _add_matmul(partial, a, b)
-        self._num_added = (self._num_added + 1) % self._num_strips
-        if self._num_added == 0 and partial is not total:
+        if r.stop == self._num_rows and partial is not total:
             total.copy_(partial)
 
 
