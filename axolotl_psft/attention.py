@@ -33,49 +33,28 @@ def register() -> None:
 
 
 def choose(cfg: Any) -> None:
-    """Let the run have :data:`NAME`, where what it asks for would not run, or slowly.
+    """Let packed ``sdpa`` on a GPU have :data:`NAME`.
 
-    On a CPU for a GPU's attention; on a GPU for packed ``sdpa``, which is what Axolotl
-    advises without flash-attn: its own way to torch's varlen kernel finds the samples
-    in every layer again, waiting for the device, and repeats the key heads. Axolotl's
-    ``sdpa_varlen: false`` keeps sdpa.
+    It is what Axolotl advises without flash-attn, but its own way to torch's varlen
+    kernel finds the samples in every layer again, waiting for the device, and repeats
+    the key heads. Axolotl's ``sdpa_varlen: false`` keeps sdpa.
 
     Args:
         cfg: of a run whose model is not loaded yet; ``attn_implementation`` is changed.
-
-    Raises:
-        ValueError: it computes something else than attention.
     """
-    implementation = cfg.attn_implementation
-    if cfg.device == "cpu":
-        if not trains_on_gpus_only(implementation):
-            return
-        if cfg.scaling_softmax:
-            raise ValueError(
-                f"scaling_softmax: {cfg.scaling_softmax} is part of flex_attention, "
-                "which has no gradient on a CPU. Train on a GPU, or remove it."
-            )
-        why = "cannot train on a CPU"
-    else:
-        packed = cfg.sample_packing and cfg.sdpa_varlen is not False
-        if implementation != "sdpa" or not packed or not _has_kernel(cfg.torch_dtype):
-            return
-        why = "masks whole rows"
+    packed = cfg.sample_packing and cfg.sdpa_varlen is not False
+    if cfg.attn_implementation == "sdpa" and packed and _has_kernel(cfg.torch_dtype):
+        use(cfg, "masks whole rows")
+
+
+def use(cfg: Any, why: str) -> None:
+    """Let the run have :data:`NAME`; ``why`` not what it asks for."""
     LOG.info(
-        f"psft: attn_implementation: {implementation} {why}; {NAME} computes the same, "
-        "sample by sample."
+        f"psft: attn_implementation: {cfg.attn_implementation} {why}; {NAME} computes "
+        "the same, sample by sample."
     )
     register()
     cfg.attn_implementation = NAME
-
-
-def trains_on_gpus_only(implementation: str | None) -> bool:
-    """Whether an ``attn_implementation`` has no kernel, or no gradient, on a CPU.
-
-    flash-attn's kernels are CUDA's; torch's flex_attention has a forward on a CPU, and
-    no backward. :data:`NAME` computes the same.
-    """
-    return "flash" in str(implementation) or implementation == "flex_attention"
 
 
 def takes_lengths(model: PreTrainedModel) -> bool:

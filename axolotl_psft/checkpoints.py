@@ -4,18 +4,16 @@ A checkpoint is complete when `trainer_state.json`, the last file written to it,
 read and no file that was there by then has gone. What the files hold is the trainer's.
 """
 
-import contextlib
 import json
 import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from axolotl.utils.logging import get_logger
+from torch import distributed as dist
 
 from axolotl_psft import failures
 
@@ -29,50 +27,43 @@ _PREFIX = "checkpoint"
 # for, and passed over without a word where they are not there.
 _LIST = "psft_files.json"
 
-# They have errors of their own (old_policy.py).
+# They have errors of their own (resume.py).
 _UNLISTED = "psft_window_rank*"
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint that could not be written; all ranks raise it together."""
-
-
-@dataclass
-class FirstError:
-    """The first exception of several pieces of work, of which all must be gone through.
-
-    A rank that fails alone cannot leave at once: the others would wait for it. Where
-    another rank is lost there is nothing more to go through.
-    """
-
-    error: Exception | None = None
-
-    @contextlib.contextmanager
-    def kept(self) -> Iterator[None]:
-        """Keep what the block raises, if it is the first; go on after the block."""
-        try:
-            yield
-        except CheckpointError:
-            raise
-        except Exception as error:
-            if failures.is_of_connection(error):
-                raise
-            self.error = self.error or error
+    """A checkpoint that this rank could not write; says why and what to do."""
 
 
 def begin(checkpoint: Path) -> None:
-    """Remove what an earlier run left under this name.
+    """Remove what an earlier run left under this name, before any rank writes.
 
     The mark of completeness goes first: what is deleted or written by halves must not
-    look complete.
+    look complete. One collective.
+
+    Raises:
+        OSError: it cannot be removed; PeerFailedError on the other ranks.
     """
-    (checkpoint / _STATE).unlink(missing_ok=True)
-    if checkpoint.is_dir():
-        shutil.rmtree(checkpoint)
+    error = None
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        try:
+            (checkpoint / _STATE).unlink(missing_ok=True)
+            if checkpoint.is_dir():
+                shutil.rmtree(checkpoint)
+        except OSError as found:
+            error = found
+    failures.raise_together(error)
 
 
 def list_files(checkpoint: Path) -> None:
-    """Write down which files there are: to be called before the last one is written."""
+    """Wait for every rank's files, and write down which there are.
+
+    To be called by all ranks when only the last file, that of the trainer's state, is
+    missing: once it is there, the checkpoint is complete. One collective.
+    """
+    failures.raise_together(None)
+    if dist.is_initialized() and dist.get_rank() != 0:
+        return
     paths = (path for path in checkpoint.rglob("*") if path.is_file())
     names = [
         str(path.relative_to(checkpoint)) for path in paths if not path.match(_UNLISTED)
@@ -190,18 +181,54 @@ def check_writable(output_dir: str) -> None:
 
 
 def not_written(
-    checkpoint: Path, failures: list[str], resumed_from: Path | None
+    checkpoint: Path, error: Exception, resumed_from: Path | None
 ) -> CheckpointError:
-    """The error of a checkpoint that ``failures``, one a rank, have kept from it."""
+    """The error of a checkpoint that ``error`` has kept this rank from writing.
+
+    What there is of it is removed: it is of no use, and the disk may be full of it.
+    """
     output_dir = checkpoint.parent
+    shutil.rmtree(checkpoint, ignore_errors=True)
     try:
         free = f"{shutil.disk_usage(output_dir).free / 1e6:,.1f} MB"
     except OSError:
         free = "no readable number of bytes"
     return CheckpointError(
         f"{checkpoint.name} could not be written to {output_dir}: "
-        f"{'; '.join(failures)}. {free} are free there. Make room (save_total_limit "
-        "keeps fewer checkpoints) or see to the disk, then resume: what was trained "
-        "since the last checkpoint is trained again. "
+        f"{failures.describe(error)}. {free} are free there. Make room "
+        "(save_total_limit keeps fewer checkpoints) or see to the disk, then resume: "
+        "what was trained since the last checkpoint is trained again. "
         f"{how_to_resume(output_dir, resumed_from)}"
     )
+
+
+def explain(
+    error: Exception, args: Any, *, being_saved: Path | None, resumed_from: Path | None
+) -> None:
+    """Raise the failure that ``error``, which ended a run, is the consequence of.
+
+    Args:
+        error: what this rank met.
+        args: the trainer's arguments.
+        being_saved: the checkpoint that was being written, if one was.
+        resumed_from: the checkpoint the run began with, if any.
+
+    Raises:
+        CheckpointError: this rank could not write a checkpoint.
+        DataWorkerError: a process of the data loader ended.
+        PeerFailedError: another rank failed before.
+    """
+    remedy = how_to_resume(args.output_dir, resumed_from)
+    cause = error
+    is_echo = isinstance(error, failures.PeerFailedError)
+    if being_saved is not None and not is_echo and not failures.is_of_connection(error):
+        cause = not_written(being_saved, error, resumed_from)
+    elif failures.is_of_data_worker(error):
+        cause = failures.DataWorkerError(
+            f"dataloader_num_workers: {args.dataloader_num_workers}: one of them has "
+            f"ended ({failures.describe(error)}). They are killed where memory or "
+            f"/dev/shm runs out: use fewer if that was it. {remedy}"
+        )
+    failures.name_first(cause, remedy)
+    if cause is not error:
+        raise cause from error

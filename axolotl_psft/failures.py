@@ -1,14 +1,19 @@
 """Failures of one rank of several, told to the others.
 
-Errors that all ranks can exchange go through a collective (:func:`gather`). After one
-that breaks the connections, the store of the process group is what is left.
+Errors that all ranks can exchange go through a collective. After one that breaks the
+connections, the store of the process group is what is left.
 """
 
+import math
 import time
 import traceback
 from typing import Any
 
+import torch
+from torch import Tensor
 from torch import distributed as dist
+
+from axolotl_psft.ranks import gather
 
 # Until the ranks that can still speak have spoken.
 _ANSWER_SECONDS = 3.0
@@ -21,29 +26,17 @@ class PeerFailedError(RuntimeError):
     """Another rank failed; carries its message, or names the rank."""
 
 
+class NonFiniteLossError(RuntimeError):
+    """The loss or the gradient norm became NaN or infinite; names step and rank."""
+
+
 class DataWorkerError(RuntimeError):
     """A worker process of the data loader ended; says which checkpoint to resume."""
-
-
-def gather(value: Any) -> list[Any]:
-    """Every rank's ``value`` (picklable), in rank order. One collective."""
-    if not dist.is_initialized():
-        return [value]
-    values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
 
 
 def describe(error: BaseException | None) -> str | None:
     """An error's type and message, as another rank shows it."""
     return None if error is None else f"{type(error).__name__}: {error}"
-
-
-def described(errors: list[str | None]) -> list[str]:
-    """The failures among every rank's description, each with its rank."""
-    if len(errors) == 1:
-        return [text for text in errors if text]
-    return [f"rank {rank}: {text}" for rank, text in enumerate(errors) if text]
 
 
 def raise_together(error: Exception | None) -> None:
@@ -52,11 +45,52 @@ def raise_together(error: Exception | None) -> None:
     Raises:
         PeerFailedError: on ranks without an error, with that of the others.
     """
-    failures = described(gather(describe(error)))
+    texts = enumerate(gather(describe(error)))
+    failures = [f"rank {rank}: {text}" for rank, text in texts if text]
     if error is not None:
         raise error
     if failures:
         raise PeerFailedError("; ".join(failures))
+
+
+def stop_if_not_finite(
+    loss: Tensor, grad_norm: float, *, step: int, is_updated: bool
+) -> None:
+    """Raise on every rank where any rank's loss, or the gradient, is not finite.
+
+    One small all-reduce, and the one time in a step that the host waits for the device.
+
+    Args:
+        loss: of this rank in this step, a scalar.
+        grad_norm: of all ranks' gradient.
+        step: which optimizer step it is.
+        is_updated: whether the weights have been updated already.
+
+    Raises:
+        NonFiniteLossError: names the ranks.
+    """
+    rank, size = (
+        (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    )
+    finite = torch.ones(size, device=loss.device)
+    finite[rank] = torch.isfinite(loss)
+    if dist.is_initialized():
+        dist.all_reduce(finite)
+    finite = finite > size - 1
+    if finite.all() and math.isfinite(grad_norm):
+        return
+    ranks = (~finite).nonzero().flatten().tolist()
+    what = (
+        f"the loss of rank {', '.join(map(str, ranks))}"
+        if ranks
+        else f"the gradient norm ({grad_norm})"
+    )
+    weights = "" if is_updated else "The weights were not updated. "
+    raise NonFiniteLossError(
+        f"psft: {what} is not finite in optimizer step {step}. {weights}Earlier "
+        "checkpoints are intact. Look at the data of this step and lower "
+        "learning_rate, or use bf16/fp32 instead of fp16."
+    )
 
 
 def name_first(error: Exception, remedy: str) -> None:

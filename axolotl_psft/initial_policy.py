@@ -1,31 +1,36 @@
 """The initial policy: scored once, kept beside the checkpoints, looked up by sample.
 
-Here are a sample's digest, the order of scoring and the files. Who computes the
-log-probs is trainer.py; the old policy of a window is old_policy.py.
+Here are a sample's digest, the order of scoring and the files. The old policy of a
+window, and the scorer, are old_policy.py.
 """
 
 import hashlib
 import itertools
 import os
 import shutil
+import uuid
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from axolotl.utils.samplers import get_dataset_lengths
 from torch import Tensor
+from torch import distributed as dist
+from torch.utils.data import DataLoader
 
 from axolotl_psft import files
-from axolotl_psft.old_policy import Batch
-from axolotl_psft.packing import IGNORE_INDEX, sample_starts, supervised_targets
+from axolotl_psft.packing import (
+    IGNORE_INDEX,
+    Batch,
+    sample_starts,
+    supervised_targets,
+)
+from axolotl_psft.ranks import DataRanks
 
 _FORMAT = "axolotl_psft.initial_logprobs/1"
-
-
-class InitialPolicyError(RuntimeError):
-    """Log-probs of the initial policy that cannot be used; says why, what to do."""
 
 
 @dataclass(frozen=True)
@@ -74,10 +79,9 @@ def scoring_batches(
     *,
     num_rows: int,
     row_tokens: int | None,
-    rank: int,
-    num_ranks: int,
+    ranks: DataRanks,
 ) -> list[list[Any]]:
-    """One rank's share of the data set, as micro-batches of indices.
+    """This rank's share of the data set, as micro-batches of indices.
 
     Similar lengths come together, for little padding, and the longest first: if memory
     does not suffice, it is seen at once. All ranks get the same number of micro-batches
@@ -87,7 +91,7 @@ def scoring_batches(
         lengths: tokens of each sample.
         num_rows: rows of a micro-batch.
         row_tokens: what a row holds where samples are packed; None: one sample.
-        rank, num_ranks: among the ranks whose data differ.
+        ranks: those whose data differ.
 
     Returns:
         Micro-batches: lists of indices or, packed, of rows of indices.
@@ -96,8 +100,102 @@ def scoring_batches(
     if row_tokens is not None:
         order = _filled_rows(order, lengths, row_tokens)
     batches = [order[i : i + num_rows] for i in range(0, len(order), num_rows)]
-    total = -(-len(batches) // num_ranks) * num_ranks
-    return list(itertools.islice(itertools.cycle(batches), rank, total, num_ranks))
+    total = -(-len(batches) // ranks.size) * ranks.size
+    share = itertools.islice(itertools.cycle(batches), ranks.rank, total, ranks.size)
+    return list(share)
+
+
+def scoring_dataloader(
+    training: DataLoader, args: Any, batch_size: int, ranks: DataRanks
+) -> DataLoader:
+    """Every sample once, as training sees it: same columns, packing and padding.
+
+    Args:
+        training: the training data loader.
+        args: the trainer's arguments.
+        batch_size: rows of a micro-batch.
+        ranks: those whose data differ.
+    """
+    num_rows, row_tokens = batch_size, None
+    if args.sample_packing:
+        row_tokens = args.max_seq_length
+        if not args.multipack_real_batches:
+            num_rows, row_tokens = 1, num_rows * row_tokens
+    batches = scoring_batches(
+        get_dataset_lengths(training.dataset).tolist(),
+        num_rows=num_rows,
+        row_tokens=row_tokens,
+        ranks=ranks,
+    )
+    return DataLoader(
+        training.dataset,
+        batch_sampler=batches,
+        collate_fn=training.collate_fn,
+        num_workers=args.dataloader_num_workers,
+        # Of its own: the global one decides the order of training.
+        generator=torch.Generator(),
+    )
+
+
+def score(
+    batches: Iterable[tuple[Batch, Tensor]], folder: Path, ranks: DataRanks
+) -> "InitialPolicy":
+    """Write the initial policy, each data rank its share, and read all of it.
+
+    Two collectives beside those of the model.
+
+    Args:
+        batches: this rank's micro-batches of the data set, with log-probs [B, S].
+        folder: :func:`folder_in` the run's output folder.
+        ranks: those whose data differ.
+    """
+    run_id = [uuid.uuid4().hex]
+    is_distributed = dist.is_initialized()
+    if not is_distributed or dist.get_rank() == 0:
+        clear(folder)
+    if is_distributed:
+        # Nobody writes before the first rank has cleared.
+        dist.broadcast_object_list(run_id)
+    scores = Scores()
+    for batch, logprobs in batches:
+        scores.add(batch, logprobs)
+    if ranks.is_first:
+        scores.save(folder, run_id=run_id[0], part=ranks.rank, num_parts=ranks.size)
+    if is_distributed:
+        dist.barrier()
+    return InitialPolicy(folder, run_id[0])
+
+
+def find(
+    trainer: Any,
+    scorer: Any,
+    training: DataLoader,
+    checkpoint: Path | None,
+    run_id: str | None,
+) -> "InitialPolicy":
+    """Score the data set with the model as it is, or read what was scored.
+
+    Args:
+        trainer: whose data they are.
+        scorer: of its model.
+        training: its data loader.
+        checkpoint: that the run goes on from; the files are beside it.
+        run_id: of the scoring, as the checkpoint knows it.
+    """
+    folder = folder_in(trainer.args.output_dir)
+    if checkpoint is not None:
+        assert run_id is not None, "the checkpoint's objective was compared"
+        policy = InitialPolicy(folder_in(checkpoint.parent), run_id)
+        # This run's checkpoints must find it beside them, too.
+        if trainer.is_world_process_zero():
+            policy.copy_to(folder)
+        return policy
+    batches = scoring_dataloader(
+        training, trainer.args, trainer._train_batch_size, trainer.data_ranks
+    )
+    scorer.check_once(torch.as_tensor([batches.dataset[0]["input_ids"]]))
+    scored = scorer.scored(batches, "the initial policy")
+    return score(scored, folder, trainer.data_ranks)
 
 
 def _filled_rows(
@@ -171,7 +269,7 @@ class InitialPolicy:
         run_id: what :meth:`Scores.save` was given.
 
     Raises:
-        InitialPolicyError: a part is missing, damaged or another run's. Names the file
+        files.FileError: a part is missing, damaged or another run's. Names the file
             and the remedy.
     """
 
@@ -192,13 +290,13 @@ class InitialPolicy:
         """[B, S] float32, on the micro-batch's device; 0 where no token is active.
 
         Raises:
-            InitialPolicyError: a sample was not scored.
+            files.FileError: a sample was not scored.
         """
         logprobs = torch.zeros(batch["labels"].shape, dtype=torch.float32)
         for sample in samples(batch):
             found = self._find(sample.digest)
             if found is None:
-                raise InitialPolicyError(
+                raise files.FileError(
                     f"{self.folder}: no log-probs for a sample with "
                     f"{len(sample.columns)} supervised tokens in columns "
                     f"{sample.columns[0]} to {sample.columns[-1]}. The data are not "
@@ -239,25 +337,15 @@ def _path(folder: Path, part: int) -> Path:
 def _read(
     folder: Path, part: int, run_id: str
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    path = _path(folder, part)
     remedy = (
-        f"Put back {folder.name} of the run that wrote the checkpoint, on a disk that "
-        "all nodes share, or start a new run with base_model set to the checkpoint"
+        f"It holds log-probs of the initial policy. Put back {folder.name} of the run "
+        "that wrote the checkpoint, on a disk that all nodes share, or start a new run "
+        "with base_model set to the checkpoint; it is never scored again silently, "
+        "since the model has changed."
     )
-    try:
-        header, tensors = files.read(path, format=_FORMAT)
-    except FileNotFoundError as error:
-        raise InitialPolicyError(
-            f"{path}: not found; it holds log-probs of the initial policy. {remedy}."
-        ) from error
-    except files.NotIntactError as error:
-        raise InitialPolicyError(
-            f"{path}: truncated, damaged or not a file of log-probs. {remedy}; it is "
-            "never scored again silently, since the model has changed."
-        ) from error
-    if (header["run_id"], header["part"]) != (run_id, part):
-        raise InitialPolicyError(
-            f"{path}: part {header['part']} of another run's initial policy. A run that"
-            f" was started later wrote it, or it was copied. {remedy}."
-        )
-    return header, tensors
+    return files.read(
+        _path(folder, part),
+        format=_FORMAT,
+        remedy=remedy,
+        belongs={"run_id": run_id, "part": part},
+    )

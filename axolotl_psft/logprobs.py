@@ -1,26 +1,21 @@
 """The loss head: hidden states x (vocabulary-sharded) weight -> token log-probs.
 
 What the PSFT ratio needs of a language-model head, without a [tokens, vocabulary]
-tensor. The ratio, the clip and the loss are in objective.py; this file imports torch
-only.
+tensor. The ratio, the clip and the loss are in objective.py. Torch only.
 
 The maths, for one token with logits x over the vocabulary and target y:
 
     lse = log sum_j exp(x_j)      logprob = x_y - lse      entropy = lse - sum_j p_j x_j
     d logprob / d x_j = [j = y] - p_j,  where  p_j = exp(x_j - lse)
 
-A tile of the vocabulary contributes four numbers a token, relative to its own maximum
-(`_statistics`); numbers of two tiles, or of two ranks, combine exactly (`_merge`). The
-lse is all that backward needs: it recomputes a tile's logits and turns them into their
-gradient (`_gradient`).
-
-This file is the reference, and runs anywhere. Where Triton does, row_kernels.py takes
-the place of `_statistics` with `_merge`, and of `_gradient`: they read a tile once.
+A tile of the vocabulary contributes four numbers a token, relative to its own maximum;
+numbers of two tiles, or of two ranks, combine exactly. The lse is all that backward
+needs: it recomputes a tile's logits and turns them into their gradient. What is done to
+a tile is in logit_tiles.py.
 """
 
 import functools
 import importlib.util
-from dataclasses import dataclass
 from types import ModuleType
 
 import torch
@@ -28,21 +23,24 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-
-@dataclass(frozen=True)
-class _Head:
-    """What forward and backward share beside tensors."""
-
-    start: int  # this rank holds the vocabulary ids start, start + 1, ...
-    num_ids: int  # so many of them; rows of the weight beyond are padding
-    dtype: torch.dtype  # of the operands of a matmul
-    accumulate: torch.dtype  # of logits, statistics and gradient sums
-    tile: tuple[int, int]  # rows, vocabulary
-    kernels: ModuleType | None  # row_kernels, where it runs
-    group: dist.ProcessGroup | None = None
-    softcap: float | None = None
-    scale: float = 1.0
-    with_entropy: bool = True
+from axolotl_psft.logit_tiles import (
+    Head,
+    WeightGradient,
+    add_matmul,
+    add_statistics,
+    bias_of,
+    cast,
+    empty_statistics,
+    finish,
+    gradient,
+    keeps_sums,
+    logits_gradient,
+    matmul,
+    put,
+    scratch,
+    take,
+    tiles,
+)
 
 
 # Compiled, it would recompile for every count of active rows, and its fused sums would
@@ -120,7 +118,7 @@ def linear_logprobs(
         # matmuls counts. Neither depends on the number of rows: nor do a row's bits.
         tile_shape = (1024, 1024) if hidden.device.type == "cpu" else (8192, 8192)
     exact = torch.float64 if dtype == torch.float64 else torch.float32
-    head = _Head(
+    head = Head(
         start,
         num_ids,
         dtype,
@@ -138,18 +136,18 @@ def linear_logprobs(
 class _LinearLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, targets, rows, head):
-        h, local = _take(hidden, rows, head), targets[rows] - head.start
-        stats = _empty_statistics(h, len(rows), head)
-        scratch = _scratch(weight, head.dtype, head)
+        h, local = take(hidden, rows, head), targets[rows] - head.start
+        stats = empty_statistics(h, len(rows), head)
+        room = scratch(weight, head.dtype, head)
         with torch.autocast(h.device.type, enabled=False):
-            for v in _tiles(head.num_ids, head.tile[1]):
-                w, b = _cast(weight[v], scratch), _bias(bias, v, head)
+            for v in tiles(head.num_ids, head.tile[1]):
+                w, b = cast(weight[v], room), bias_of(bias, v, head)
                 column = local - v.start
-                for r in _tiles(len(rows), head.tile[0]):
-                    x = _matmul(h[r].to(head.dtype), w.t(), head.accumulate)
-                    _add_statistics(stats[:, r], x, b, column[r], head)
+                for r in tiles(len(rows), head.tile[0]):
+                    x = matmul(h[r].to(head.dtype), w.t(), head.accumulate)
+                    add_statistics(stats[:, r], x, b, column[r], head)
                     del x  # before the next tile's is made
-        logprobs, entropy, lse = _finish(stats, rows, len(hidden), head)
+        logprobs, entropy, lse = finish(stats, rows, len(hidden), head)
         ctx.save_for_backward(hidden, weight, bias, targets, rows, lse)
         ctx.head = head
         ctx.mark_non_differentiable(entropy)
@@ -163,7 +161,7 @@ class _LinearLogprobs(torch.autograd.Function):
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
         rows, g, lse = _moving_rows(rows, grad, lse)
         g = g * head.scale
-        h, local = _take(hidden, rows, head), targets[rows] - head.start
+        h, local = take(hidden, rows, head), targets[rows] - head.start
         # Of so many rows the gradient of the logits is there at once: where it is all
         # of them, as mostly on a GPU, the weight's gradient needs no sum over strips.
         strip = head.tile[0] * (1 if h.device.type == "cpu" else 2)
@@ -171,29 +169,29 @@ class _LinearLogprobs(torch.autograd.Function):
         if need_hidden:
             d_h = torch.zeros(h.shape, dtype=head.accumulate, device=h.device)
         if need_weight:
-            d_weight = _WeightGradient(weight, head, len(rows), strip)
+            d_weight = WeightGradient(weight, head, len(rows), strip)
         if need_bias:
             d_bias = torch.zeros_like(bias, dtype=head.accumulate)
-        scratch = _scratch(weight, head.dtype, head)
+        room = scratch(weight, head.dtype, head)
 
         with torch.autocast(h.device.type, enabled=False):
-            for v in _tiles(head.num_ids, head.tile[1]):
-                w, b = _cast(weight[v], scratch), _bias(bias, v, head)
+            for v in tiles(head.num_ids, head.tile[1]):
+                w, b = cast(weight[v], room), bias_of(bias, v, head)
                 column = local - v.start
-                for r in _tiles(len(rows), strip):
+                for r in tiles(len(rows), strip):
                     h_r = h[r].to(head.dtype)
-                    d_x = _logits_gradient(h_r, w, b, column[r], lse[r], g[r], head)
+                    d_x = logits_gradient(h_r, w, b, column[r], lse[r], g[r], head)
                     if d_bias is not None:
                         d_bias[v] += d_x.sum(0, dtype=head.accumulate)
                     if d_h is not None:
-                        _add_matmul(d_h[r], d_x, w)
+                        add_matmul(d_h[r], d_x, w)
                     if d_weight is not None:
                         d_weight.add(v, r, d_x.t(), h_r)
                     del d_x  # before the next strip's is made
         if d_h is not None:
             if head.group is not None:
                 dist.all_reduce(d_h, group=head.group)
-            d_h = _put(hidden, rows, d_h)
+            d_h = put(hidden, rows, d_h)
         return (
             d_h,
             None if d_weight is None else d_weight.total,
@@ -202,34 +200,6 @@ class _LinearLogprobs(torch.autograd.Function):
             None,
             None,
         )
-
-
-class _WeightGradient:
-    """The sum of d_x.t() @ h over strips of rows, one tile of the vocabulary at a time.
-
-    One strip's product is written where it belongs; several are summed in the
-    accumulation dtype first.
-    """
-
-    def __init__(self, weight: Tensor, head: _Head, num_rows: int, strip: int) -> None:
-        self.total = torch.empty_like(weight)
-        # Padding, and everything where there is no row.
-        self.total[head.num_ids if num_rows else 0 :] = 0
-        self._num_rows = num_rows
-        self._sum = None
-        if num_rows > strip:
-            self._sum = _scratch(weight, head.accumulate, head)
-
-    def add(self, v: slice, r: slice, a: Tensor, b: Tensor) -> None:
-        """Add a @ b, [C, R] by [R, H] of the rows `r`, to the tile `v`; in order."""
-        total = self.total[v]
-        partial = total if self._sum is None else self._sum[: len(total)]
-        if r.start == 0:
-            _matmul_to(partial, a, b)
-        else:
-            _add_matmul(partial, a, b)
-        if r.stop == self._num_rows and partial is not total:
-            total.copy_(partial)
 
 
 @torch.compiler.disable
@@ -285,7 +255,7 @@ def vocab_parallel_logprobs(
     # Rows enough to amortize a call, few enough to stay in the last cache (a CPU's) or
     # to be small beside the logits.
     area = 1 << (21 if logits.device.type == "cpu" else 26)
-    head = _Head(
+    head = Head(
         start,
         num_ids,
         exact,
@@ -302,10 +272,10 @@ class _VocabParallelLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, targets, rows, head, inplace):
         local, n = targets[rows] - head.start, head.num_ids
-        stats = _empty_statistics(logits, len(rows), head)
-        for r in _tiles(len(rows) if n else 0, head.tile[0]):
-            _add_statistics(stats[:, r], logits[rows[r], :n], None, local[r], head)
-        logprobs, entropy, lse = _finish(stats, rows, len(logits), head)
+        stats = empty_statistics(logits, len(rows), head)
+        for r in tiles(len(rows) if n else 0, head.tile[0]):
+            add_statistics(stats[:, r], logits[rows[r], :n], None, local[r], head)
+        logprobs, entropy, lse = finish(stats, rows, len(logits), head)
         ctx.save_for_backward(logits, targets, rows, lse)
         ctx.head, ctx.inplace = head, inplace
         ctx.mark_non_differentiable(entropy)
@@ -320,129 +290,13 @@ class _VocabParallelLogprobs(torch.autograd.Function):
         local = targets[rows] - head.start
         d_logits = logits.detach() if ctx.inplace else torch.empty_like(logits)
         still = torch.ones(len(logits), dtype=torch.bool, device=logits.device)
-        for r in _tiles(len(rows) if n else 0, head.tile[0]):
+        for r in tiles(len(rows) if n else 0, head.tile[0]):
             x = logits[rows[r], :n]
-            _gradient(x, x, None, local[r], lse[r], g[r], head)
+            gradient(x, x, None, local[r], lse[r], g[r], head)
             d_logits[rows[r], :n] = x
         d_logits[:, n:] = 0
         d_logits.masked_fill_(still.index_fill_(0, rows, False)[:, None], 0)
         return d_logits, None, None, None, None
-
-
-def _add_statistics(
-    stats: Tensor, x: Tensor, bias: Tensor | None, local: Tensor, head: _Head
-) -> None:
-    """Merge the statistics of a tile, a matmul's result [R, C], into [4, R], in place.
-
-    Overwrites x. `local` is the target's column; outside [0, C) it is another tile's.
-    """
-    if head.kernels is not None:
-        head.kernels.add_statistics(stats, x, local, bias, head.scale, head.softcap)
-        return
-    tile = _statistics(_logits(x, bias, head), local, head.with_entropy)
-    stats.copy_(_merge(torch.stack((stats, tile))))
-
-
-def _statistics(x: Tensor, local: Tensor, with_entropy: bool) -> Tensor:
-    """[R, C] logits -> [4, R]: m = max, sum e^(x-m), sum e^(x-m) (x-m), x_target.
-
-    Overwrites x. x_target is 0 where another tile has the target.
-    """
-    hit, column = _column(local, x)
-    target = x.gather(1, column).squeeze(1).where(hit, 0)
-    maximum = x.amax(1).clamp_(min=torch.finfo(x.dtype).min)  # -inf - -inf is nan
-    x -= maximum[:, None]
-    if not with_entropy:
-        return torch.stack((maximum, x.exp_().sum(1), torch.zeros_like(target), target))
-    e = x.exp()
-    # nansum: 0 * -inf, the part of a logit masked with -inf, is 0.
-    return torch.stack((maximum, e.sum(1), x.mul_(e).nansum(1), target))
-
-
-def _merge(stats: Tensor) -> Tensor:
-    """Statistics of n parts of the vocabulary, [n, 4, R] -> [4, R]."""
-    m, s, u, target = stats.unbind(1)
-    maximum = m.amax(0)
-    shift = m - maximum
-    factor = shift.exp()
-    return torch.stack(
-        (
-            maximum,
-            (factor * s).sum(0),
-            (factor * (u + shift * s)).sum(0),
-            target.sum(0),
-        )
-    )
-
-
-def _logits_gradient(
-    h: Tensor,
-    w: Tensor,
-    bias: Tensor | None,
-    local: Tensor,
-    lse: Tensor,
-    g: Tensor,
-    head: _Head,
-) -> Tensor:
-    """Gradient of sum(g * logprob) by a strip of matmul results, [R, C], head.dtype."""
-    d_x = h.new_empty(len(h), len(w))
-    # A GPU has the strip beside the tile.
-    rows = head.tile[0] if h.device.type == "cpu" else max(head.tile[0] // 4, 1)
-    for r in _tiles(len(h), rows):
-        if head.dtype == head.accumulate:
-            x = torch.mm(h[r], w.t(), out=d_x[r])
-        else:
-            x = _matmul(h[r], w.t(), head.accumulate)
-        _gradient(d_x[r], x, bias, local[r], lse[r], g[r], head)
-        del x
-    return d_x
-
-
-def _gradient(
-    out: Tensor,
-    x: Tensor,
-    bias: Tensor | None,
-    local: Tensor,
-    lse: Tensor,
-    g: Tensor,
-    head: _Head,
-) -> None:
-    """The gradient by a tile of matmul results x, [R, C], into `out`, which x may be.
-
-    Of sum(g * logprob), but for the factor head.scale. Overwrites x.
-    """
-    if head.kernels is not None:
-        head.kernels.gradient(out, x, local, lse, g, bias, head.scale, head.softcap)
-        return
-    x = _logits(x, bias, head)
-    hit, column = _column(local, x)
-    slope = None if head.softcap is None else 1 - (x / head.softcap).square_()
-    x.sub_(lse[:, None]).exp_().mul_(-g[:, None])
-    # One column a row: scatter is deterministic here, and scatter_add need not be.
-    x.scatter_(1, column, x.gather(1, column) + (g * hit)[:, None])
-    if slope is not None:
-        x.mul_(slope)
-    if x.data_ptr() != out.data_ptr():
-        out.copy_(x)
-
-
-def _finish(
-    stats: Tensor, rows: Tensor, num_rows: int, head: _Head
-) -> tuple[Tensor, Tensor, Tensor]:
-    """This rank's statistics [4, R] -> log-probs [T], entropies [T], lse [R]."""
-    if head.group is not None:
-        size = dist.get_world_size(head.group)
-        shards = stats.new_empty(size * 4, stats.shape[1])
-        dist.all_gather_into_tensor(shards, stats, group=head.group)
-        stats = _merge(shards.view(size, *stats.shape))
-    maximum, s, u, target = stats
-    log_s = s.log()
-    lse = maximum + log_s
-    logprobs = stats.new_zeros(num_rows).index_copy_(0, rows, target - lse)
-    entropy = stats.new_zeros(num_rows)
-    if head.with_entropy:
-        entropy.index_copy_(0, rows, log_s - u / s)
-    return logprobs, entropy, lse
 
 
 def _shard(
@@ -522,108 +376,9 @@ def _matmul_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
     return dtype
 
 
-def _logits(x: Tensor, bias: Tensor | None, head: _Head) -> Tensor:
-    """A matmul's result -> logits in the accumulation dtype; in place where it fits."""
-    x = x.to(head.accumulate)
-    if bias is not None:
-        x += bias
-    if head.scale != 1.0:
-        x *= head.scale
-    if head.softcap is not None:
-        x.div_(head.softcap).tanh_().mul_(head.softcap)
-    return x
-
-
 @functools.cache
 def _row_kernels(device: torch.device) -> ModuleType | None:
     """row_kernels.py, for a device that it runs on."""
-    if not _keeps_sums(device) or importlib.util.find_spec("triton") is None:
+    if not keeps_sums(device) or importlib.util.find_spec("triton") is None:
         return None
     return importlib.import_module("axolotl_psft.row_kernels")
-
-
-@functools.cache
-def _keeps_sums(device: torch.device) -> bool:
-    """Whether a matmul of 16-bit operands can leave its float32 sums unrounded.
-
-    cuBLAS can from Ampere on; elsewhere, ROCm's "cuda" too, torch may raise.
-    """
-    if device.type != "cuda" or torch.version.hip is not None:
-        return False
-    return torch.cuda.get_device_capability(device) >= (8, 0)
-
-
-def _matmul(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    if a.dtype != dtype and _keeps_sums(a.device):
-        return torch.mm(a, b, out_dtype=dtype)
-    return torch.mm(a, b).to(dtype)
-
-
-def _matmul_to(out: Tensor, a: Tensor, b: Tensor) -> None:
-    if a.dtype == out.dtype:
-        torch.mm(a, b, out=out)
-    elif out.dtype == torch.float32 and _keeps_sums(a.device):
-        torch.mm(a, b, out_dtype=out.dtype, out=out)
-    else:
-        out.copy_(torch.mm(a, b))
-
-
-def _add_matmul(total: Tensor, a: Tensor, b: Tensor) -> None:
-    if a.dtype == total.dtype:
-        total.addmm_(a, b)
-    elif _keeps_sums(a.device):
-        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
-    else:
-        total += torch.mm(a, b)
-
-
-def _scratch(weight: Tensor, dtype: torch.dtype, head: _Head) -> Tensor | None:
-    """Room to cast one tile of the weight: the whole never exists twice.
-
-    Taken once a call, for a heap fragments when tiles of this size come and go. None
-    where there is nothing to cast.
-    """
-    if weight.dtype == dtype:
-        return None
-    size = min(head.tile[1], head.num_ids), weight.shape[1]
-    return torch.empty(size, dtype=dtype, device=weight.device)
-
-
-def _cast(tile: Tensor, scratch: Tensor | None) -> Tensor:
-    return tile if scratch is None else scratch[: len(tile)].copy_(tile)
-
-
-def _bias(bias: Tensor | None, v: slice, head: _Head) -> Tensor | None:
-    return None if bias is None else bias[v].to(head.accumulate)
-
-
-def _take(hidden: Tensor, rows: Tensor, head: _Head) -> Tensor:
-    """The rows; on a GPU cast once, on a CPU, with less room, tile by tile later."""
-    h = hidden if len(rows) == len(hidden) else hidden[rows]
-    return h if h.device.type == "cpu" else h.to(head.dtype)
-
-
-def _put(hidden: Tensor, rows: Tensor, d_h: Tensor) -> Tensor:
-    """The inverse of _take, for gradients: rows that were not taken get zeros."""
-    d_h = d_h.to(hidden.dtype)
-    if len(rows) == len(hidden):
-        return d_h
-    return torch.zeros_like(hidden).index_copy_(0, rows, d_h)
-
-
-def _empty_statistics(like: Tensor, num_rows: int, head: _Head) -> Tensor:
-    """Statistics of no tile at all; the lowest finite maximum keeps _merge finite."""
-    stats = torch.zeros(4, num_rows, dtype=head.accumulate, device=like.device)
-    stats[0] = torch.finfo(head.accumulate).min
-    return stats
-
-
-def _tiles(length: int, step: int) -> list[slice]:
-    return [slice(i, min(i + step, length)) for i in range(0, length, step)]
-
-
-def _column(local: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Is the target in this tile, and its column (some column where it is not)."""
-    num_columns = x.shape[1]
-    hit = (local >= 0) & (local < num_columns)
-    return hit, local.clamp(0, num_columns - 1)[:, None]

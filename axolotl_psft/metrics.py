@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-# Entropy is not the objective's business, so its sum joins here.
 _SUMS = (
     "num_tokens",
     "nll_sum",
+    # Of the trainer: the objective's own value, and entropy, which is none of its.
+    "surrogate_sum",
     "entropy_sum",
     "ratio_sum",
     "clipped_sum",
@@ -30,7 +31,7 @@ class TokenSums:
         self._max = torch.zeros((), dtype=torch.float64, device=device)
 
     def add(self, sums: Mapping[str, Tensor]) -> None:
-        """Add one micro-batch: the objective's sums and ``entropy_sum``, scalars."""
+        """Add one micro-batch: the objective's sums and those above, scalars."""
         self._sums += torch.stack([sums[name].to(self._sums) for name in _SUMS])
         self._max = torch.maximum(self._max, sums[_MAX].to(self._max))
 
@@ -41,8 +42,9 @@ class TokenSums:
         call. Two all-reduces of a few bytes; one device synchronization.
 
         Returns:
-            ``nll`` and ``entropy`` in nats a token, ``clip_frac``, ``ratio_mean``,
-            ``ratio_max``, ``approx_kl``. Empty where no token was active.
+            ``nll`` and ``entropy`` in nats a token, ``surrogate`` (the objective's
+            value), ``clip_frac``, ``ratio_mean``, ``ratio_max``, ``approx_kl``. Empty
+            where no token was active.
         """
         sums, maximum = self._sums.clone(), self._max.clone()
         if dist.is_available() and dist.is_initialized():
@@ -54,6 +56,7 @@ class TokenSums:
             return {}
         return {
             "nll": total["nll_sum"] / num_tokens,
+            "surrogate": total["surrogate_sum"] / num_tokens,
             "entropy": total["entropy_sum"] / num_tokens,
             "clip_frac": total["clipped_sum"] / num_tokens,
             "ratio_mean": total["ratio_sum"] / num_tokens,

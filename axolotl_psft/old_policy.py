@@ -1,32 +1,30 @@
-"""The window: optimizer steps that share one old policy, and its file in a checkpoint.
+"""The old policy: windows of optimizer steps that share one, scored when they start.
 
-Collects the window's micro-batches ahead of time, holds their old log-probs, and saves
-and restores them mid-window. Who computes the log-probs, and when, is trainer.py.
+Collects a window's micro-batches ahead of time, has the current model's log-probs go
+with them, and hands out its steps. What a checkpoint keeps of a window is resume.py;
+how log-probs are computed is token_logprobs.py.
 """
 
-import os
+import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
+from axolotl.utils.logging import get_logger
 from torch import Tensor
+from torch import distributed as dist
+from tqdm.auto import tqdm
 
-from axolotl_psft import files
+from axolotl_psft.initial_policy import InitialPolicy
+from axolotl_psft.packing import Batch
+from axolotl_psft.token_logprobs import check_against_logits, token_logprobs
 
-Batch = dict[str, Any]
+LOG = get_logger(__name__)
 
-_FORMAT = "axolotl_psft.window/2"
-
-
-# Differing settings that an error names: a model of another family has dozens.
-_MAX_NAMED = 6
-
-
-class WindowFileError(RuntimeError):
-    """A window file that cannot be used to resume; says which and what to do."""
+# Scoring that takes longer than this shows a progress bar.
+_PROGRESS_AFTER_SECONDS = 5.0
 
 
 @dataclass
@@ -41,27 +39,77 @@ class Step:
 class Window:
     """The optimizer steps still to run under the current old policy.
 
-    ``start_step`` is the global step of the last refresh. Every micro-batch but those
-    of the step ``start_step`` has old log-probs attached. (With an objective that
+    Every micro-batch has the log-probs attached that the objective compares it with,
+    but those of the step at which the window starts: there the weights are still the
+    old policy's, whose log-probs are the training pass's own. (With an objective that
     compares with the initial policy a window is one step, and they are that one's.)
     """
 
+    step_size: int
+    """Micro-batches of an optimizer step."""
+    num_steps: Callable[[int], int]
+    """Of a window that starts at a global step."""
+    scorer: "Scorer"
+    initial_policy: InitialPolicy | None = None
+    """What to compare with instead of the old policy."""
+    is_stream: bool = False
+    """Whether the data end where nobody knows."""
     start_step: int = 0
+    """The global step of the last refresh."""
     steps: deque[Step] = field(default_factory=deque)
+    """What is left."""
+
+    def next_step(self, batches: Iterator[Batch], global_step: int) -> Step:
+        """The next one; a new window where none is left.
+
+        Without micro-batches at the end of the data, where a window ends, too. It does
+        not end with the run: one that is resumed with more steps finds the rest.
+        """
+        if not self.steps:
+            steps = collect(batches, self.num_steps(global_step), self.step_size)
+            if self.is_stream:
+                _drop_unfilled(steps, self.step_size)
+            self.start(steps, global_step)
+        return self.steps.popleft() if self.steps else Step([])
+
+    def start(self, steps: list[Step], global_step: int) -> None:
+        """Begin anew with ``steps``: count their tokens, attach log-probs."""
+        self.start_step = global_step
+        self.steps = deque(steps)
+        if not steps:
+            return
+        self.scorer.count_tokens(steps)
+        self.scorer.check_once(steps[0].batches[0]["input_ids"])
+        if self.initial_policy is None:
+            self.scorer.attach(_batches(steps[1:]))
+            return
+        for batch in _batches(steps):
+            attach(batch, self.initial_policy.logprobs(batch))
+
+    def restore(self, steps: list[Step], start_step: int) -> None:
+        """Go on with what a checkpoint kept of a window, log-probs attached."""
+        self.start_step = start_step
+        self.steps = deque(steps)
+        if steps:
+            self.scorer.count_tokens(steps)
 
 
-def attach(batch: Batch, logprobs: Tensor) -> None:
-    """Let ``logprobs`` [B, S], float32, go with a micro-batch to its loss.
+def _batches(steps: list[Step]) -> list[Batch]:
+    return [batch for step in steps for batch in step.batches]
 
-    As bits: what wraps a model casts what floats to the dtype of its weights, and the
-    ratio of two policies a step apart is lost in 16 bits.
+
+def _drop_unfilled(steps: list[Step], step_size: int) -> None:
+    """Leave out a stream's last micro-batches where they do not fill a step.
+
+    The Trainer counts micro-batches to know when to step, and does not know where a
+    stream ends: their gradients would be added to the next pass's first step.
     """
-    batch["old_logprobs"] = logprobs.view(torch.int32)
-
-
-def attached(bits: Tensor) -> Tensor:
-    """What :func:`attach` was given."""
-    return bits.view(torch.float32)
+    if steps and len(steps[-1].batches) < step_size:
+        left_out = len(steps.pop().batches)
+        LOG.info(
+            f"psft: {left_out} micro-batches at the end of the stream do not fill "
+            f"gradient_accumulation_steps: {step_size} and are left out."
+        )
 
 
 def collect(batches: Iterator[Batch], num_steps: int, num_batches: int) -> list[Step]:
@@ -80,202 +128,103 @@ def collect(batches: Iterator[Batch], num_steps: int, num_batches: int) -> list[
     return steps
 
 
-def window_path(checkpoint: str | os.PathLike, rank: int) -> Path:
-    """Where ``rank`` keeps its window in a checkpoint folder."""
-    return Path(checkpoint) / f"psft_window_rank{rank}.safetensors"
-
-
-def save_window(
-    checkpoint: str | os.PathLike,
-    window: Window,
-    *,
-    global_step: int,
-    rank: int,
-    world_size: int,
-    settings: dict[str, Any],
-    batching: dict[str, Any],
-    initial_policy: str | None = None,
-) -> None:
-    """Write the rest of the window, atomically; without pickle.
-
-    The micro-batches themselves are not saved: the data order is a function of seed
-    and epoch, so the data loader gives them again. Their digests are, to prove it.
+class Scorer:
+    """Log-probs of micro-batches under a trainer's model as it is now.
 
     Args:
-        checkpoint: its folder.
-        window: what is left of it.
-        global_step, rank, world_size: when and where.
-        settings: by the YAML's keys, what a run that resumes must have in common.
-        batching: the same, but for a run that resumes at the end of a window with
-            another number of processes.
-        initial_policy: names the files that hold the initial policy's log-probs.
+        trainer: whose model, data ranks and device they are.
+
+    Attributes:
+        seconds: spent scoring so far.
     """
-    path = window_path(checkpoint, rank)
-    batches = [batch for step in window.steps for batch in step.batches]
-    # contiguous, and cloned off views: safetensors refuses both otherwise.
-    tensors = {
-        f"old_logprobs.{i}": attached(batch["old_logprobs"]).cpu().contiguous().clone()
-        for i, batch in enumerate(batches)
-    }
-    header = {
-        "global_step": global_step,
-        "start_step": window.start_step,
-        "rank": rank,
-        "world_size": world_size,
-        "settings": settings,
-        "batching": batching,
-        "initial_policy": initial_policy,
-        "batches_per_step": [len(step.batches) for step in window.steps],
-        "batch_digests": [digest(batch) for batch in batches],
-    }
-    files.write(path, tensors, header, format=_FORMAT)
 
+    def __init__(self, trainer: Any) -> None:
+        self._trainer = trainer
+        self._is_checked = False
+        self.seconds = 0.0
 
-@dataclass
-class SavedWindow:
-    """A window as read back from its file, before its micro-batches are there again."""
+    def count_tokens(self, steps: list[Step]) -> None:
+        """Active tokens of each optimizer step over all ranks: one all-reduce."""
+        for batch in _batches(steps):
+            self._trainer.complete(batch)
+        sums = [sum(batch["num_active"] for batch in step.batches) for step in steps]
+        counts = torch.tensor(sums, device=self._trainer.args.device)
+        if dist.is_initialized():
+            dist.all_reduce(counts, group=self._trainer.data_ranks.group)
+        for step, count in zip(steps, counts, strict=True):
+            # An optimizer step without a supervised token: loss and gradient are zero.
+            step.num_tokens = count.clamp(min=1)
 
-    path: Path
-    start_step: int
-    batches_per_step: list[int]
-    batch_digests: list[str]
-    old_logprobs: list[Tensor]
-    world_size: int
-    batching: dict[str, Any]
-    """Of the run that saved it."""
-    initial_policy: str | None = None
+    def check_once(self, input_ids: Tensor) -> None:
+        """See :func:`check_against_logits`; the first time only."""
+        if self._is_checked:
+            return
+        self._is_checked = True
+        accelerator, model = self._trainer.accelerator, self._trainer.model_wrapped
+        low_precision = accelerator.mixed_precision != "no" or any(
+            parameter.dtype.itemsize < 4 for parameter in model.parameters()
+        )
+        tokens = input_ids.to(self._trainer.args.device)
+        model.eval()
+        # Through every wrapper, which may hold shards of the weights, but not compiled:
+        # no other call has these shapes.
+        with accelerator.autocast(), torch.compiler.set_stance("force_eager"):
+            check_against_logits(model, tokens, low_precision=low_precision)
+        model.train()
 
-    def attach(self, batches: Iterator[Batch]) -> Window:
-        """Take the window's micro-batches off the data loader and add old log-probs.
+    @torch.no_grad()
+    def scored(
+        self, batches: Iterable[Batch], whose: str
+    ) -> Iterator[tuple[Batch, Tensor]]:
+        """Each micro-batch with its log-probs, [B, S] float32: no gradient, no dropout.
 
-        Raises:
-            WindowFileError: if the data loader gives other micro-batches than those
-                whose old log-probs were saved.
+        The model is in evaluation mode meanwhile, and in training mode afterwards.
+
+        Args:
+            batches: as the data loader gives them.
+            whose: log-probs they are, for a person who waits.
         """
-        window = Window(self.start_step)
-        saved = zip(self.batch_digests, self.old_logprobs, strict=True)
-        for num_batches in self.batches_per_step:
-            (step,) = collect(batches, 1, num_batches) or [Step([])]
-            if len(step.batches) != num_batches:
-                raise self._other_data("the data set ends earlier")
-            for batch in step.batches:
-                expected, old_logprobs = next(saved)
-                if digest(batch) != expected:
-                    raise self._other_data("a micro-batch holds other tokens")
-                attach(batch, old_logprobs.to(batch["input_ids"].device))
-            window.steps.append(step)
-        return window
-
-    def _other_data(self, what: str) -> WindowFileError:
-        return WindowFileError(
-            f"{self.path}: {what} than when this window was saved. Resume with the same"
-            " datasets, tokenizer, seed, sequence_len, micro_batch_size, "
-            "gradient_accumulation_steps and number of processes."
+        started = time.perf_counter()
+        trainer = self._trainer
+        model = trainer.model_wrapped
+        # Schedule-free optimizers swap weights for evaluation: score the trained ones.
+        if callable(train := getattr(trainer.optimizer, "train", None)):
+            train()
+        model.eval()
+        progress = tqdm(
+            batches,
+            desc=f"Scoring {whose}",
+            delay=_PROGRESS_AFTER_SECONDS,
+            leave=False,
+            disable=trainer.args.disable_tqdm or not trainer.is_local_process_zero(),
         )
+        for batch in progress:
+            inputs = trainer.on_device(batch)
+            with trainer.compute_loss_context_manager():
+                logprobs = token_logprobs(model, inputs, with_entropy=False).logprobs
+            yield batch, logprobs
+        model.train()
+        if trainer.args.device.type != "cpu":
+            torch.accelerator.synchronize()
+        self.seconds += time.perf_counter() - started
+
+    def attach(self, batches: list[Batch]) -> None:
+        """Let the model's log-probs, the old policy's from now on, go with them."""
+        if batches:
+            for batch, logprobs in self.scored(batches, "the old policy"):
+                attach(batch, logprobs)
 
 
-def load_window(
-    checkpoint: str | os.PathLike,
-    *,
-    global_step: int,
-    rank: int,
-    world_size: int,
-    settings: dict[str, Any],
-    batching: dict[str, Any],
-) -> SavedWindow:
-    """Read ``rank``'s window from a checkpoint and check that it belongs to this run.
+def attach(batch: Batch, logprobs: Tensor) -> None:
+    """Let ``logprobs`` [B, S], float32, go with a micro-batch to its loss.
 
-    Raises:
-        WindowFileError: if the file is missing, damaged, of another step, rank, world
-            size (mid-window) or of a run with other settings. Names the file, the
-            settings with both their values, and the remedy.
+    As bits: DeepSpeed's integration casts what floats to the dtype of the weights, and
+    the ratio of two policies a step apart is lost in 16 bits.
     """
-    path = window_path(checkpoint, rank)
-    first = window_path(checkpoint, 0)
-    if not path.is_file() and first.is_file() and _read(first)[0]["world_size"] <= rank:
-        # A rank that the run which saved did not have goes on from what the first one
-        # has; that must be the end of a window.
-        path, rank = first, 0
-    header, tensors = _read(path)
-    _check_belongs(path, header, global_step=global_step, rank=rank)
-    mid_window = bool(header["batches_per_step"])
-    saved = header["settings"]
-    if mid_window or header["world_size"] == world_size:
-        saved, settings = saved | header["batching"], settings | batching
-    _check_settings(path, saved, settings)
-    if mid_window and header["world_size"] != world_size:
-        raise WindowFileError(
-            f"{path}: saved in the middle of a window by {header['world_size']} "
-            f"processes, this run has {world_size}. Resume with "
-            f"{header['world_size']}, or from a checkpoint at the end of a window "
-            "(save_steps a multiple of psft.refresh_steps)."
-        )
-    return SavedWindow(
-        path=path,
-        start_step=header["start_step"],
-        batches_per_step=header["batches_per_step"],
-        batch_digests=header["batch_digests"],
-        old_logprobs=[tensors[f"old_logprobs.{i}"] for i in range(len(tensors))],
-        world_size=header["world_size"],
-        batching=header["batching"],
-        initial_policy=header.get("initial_policy"),
-    )
+    batch["old_logprobs"] = logprobs.view(torch.int32)
 
 
-def digest(batch: Batch) -> str:
-    """SHA-256 over a micro-batch's tokens, labels and segment boundaries."""
-    names = ("input_ids", "labels", "position_ids")
-    return files.digest_tensors({name: batch[name] for name in names if name in batch})
-
-
-def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    try:
-        return files.read(path, format=_FORMAT)
-    except FileNotFoundError as error:
-        raise WindowFileError(
-            f"{path}: not found. The checkpoint was not written by a psft run, or not "
-            "completely. Resume from another checkpoint, or start a new run with "
-            "base_model set to this one."
-        ) from error
-    except files.OtherVersionError as error:
-        raise WindowFileError(
-            f"{path}: its format is {error}, this version of axolotl_psft reads "
-            f"{_FORMAT}. Resume with the version that wrote it, or start a new run with"
-            " base_model set to the checkpoint."
-        ) from error
-    except files.NotIntactError as error:
-        raise WindowFileError(
-            f"{path}: truncated, damaged or not a psft window file. Resume from another"
-            " checkpoint; the window is never restarted silently, since the run would "
-            "then differ from the one that wrote this checkpoint."
-        ) from error
-
-
-def _check_belongs(
-    path: Path, header: dict[str, Any], *, global_step: int, rank: int
-) -> None:
-    if (header["global_step"], header["rank"]) != (global_step, rank):
-        raise WindowFileError(
-            f"{path}: belongs to step {header['global_step']}, rank {header['rank']}; "
-            f"this is step {global_step}, rank {rank}. The file was copied from "
-            "another checkpoint: resume from an unmixed one."
-        )
-
-
-def _check_settings(path: Path, saved: dict[str, Any], current: dict[str, Any]) -> None:
-    # In the caller's order, which is that of cause and effect; the objective first.
-    keys = sorted({**current, **saved}, key=lambda key: key != "psft.objective")
-    differing = [key for key in keys if saved.get(key) != current.get(key)]
-    if not differing:
-        return
-    named = [
-        f"{key} was {saved.get(key)} when the checkpoint was written and is "
-        f"{current.get(key)} now"
-        for key in differing[:_MAX_NAMED]
-    ]
-    if len(differing) > _MAX_NAMED:
-        named.append(f"{len(differing) - _MAX_NAMED} more differ")
-    raise WindowFileError(
-        f"{path}: {'; '.join(named)}. Restore what was changed, or start a new run with"
-        " base_model set to the checkpoint."
-    )
+def attached(batch: Batch) -> Tensor | None:
+    """What :func:`attach` was given; None: nothing yet."""
+    bits = batch.get("old_logprobs")
+    return None if bits is None else bits.view(torch.float32)

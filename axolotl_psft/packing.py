@@ -10,6 +10,14 @@ from torch import Tensor
 
 IGNORE_INDEX = -100
 
+_GEMMA_4 = ("gemma4", "gemma4_unified")
+# transformers finds their samples in a packed row by position_ids, and only where there
+# is no mask, which Axolotl's collator gives.
+_SAMPLES_BY_POSITION = ("gemma3", *_GEMMA_4)
+
+Batch = dict[str, Any]
+"""A micro-batch: ``input_ids``, ``labels`` [B, S] and whatever goes with them."""
+
 
 def sample_starts(
     labels: Tensor, position_ids: Tensor | None, attention_mask: Tensor | None = None
@@ -82,7 +90,32 @@ def attention_lengths(position_ids: Tensor) -> dict[str, Any]:
     }
 
 
-def count_on_host(batch: dict[str, Any], vocab_size: int) -> None:
+def complete(batch: Batch, config: Any, *, is_packed: bool, with_lengths: bool) -> None:
+    """Add what model and host must know of a micro-batch; of a window's, ahead of time.
+
+    Into the caller's: one that is scored and then trained on has it twice for the price
+    of once.
+
+    Args:
+        batch: as the collator made it.
+        config: the model's.
+        is_packed: whether the training data are.
+        with_lengths: whether packed attention takes :func:`attention_lengths`.
+    """
+    count_on_host(batch, config.get_text_config().vocab_size)
+    if config.model_type in _GEMMA_4:
+        # It wants to know of every token that it is text.
+        batch.setdefault("mm_token_type_ids", torch.zeros_like(batch["input_ids"]))
+    if not is_packed or "position_ids" not in batch:
+        return
+    if config.model_type in _SAMPLES_BY_POSITION:
+        batch.pop("attention_mask", None)
+    # Axolotl's collator has added them to what flash-attn gets.
+    if with_lengths and "cu_seq_lens_q" not in batch:
+        batch.update(attention_lengths(batch["position_ids"]))
+
+
+def count_on_host(batch: Batch, vocab_size: int) -> None:
     """Add ``num_active``, the number of active tokens, to a micro-batch; once.
 
     The host must know it to prepare the head's work. Waits for the device: to be called
@@ -110,7 +143,7 @@ def count_on_host(batch: dict[str, Any], vocab_size: int) -> None:
     batch["num_active"] = len(active)
 
 
-def targets_of(batch: dict[str, Any]) -> Tensor:
+def targets_of(batch: Batch) -> Tensor:
     """:func:`supervised_targets` of a micro-batch, on its device."""
     return supervised_targets(
         batch["labels"], batch.get("position_ids"), batch.get("attention_mask")

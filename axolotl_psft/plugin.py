@@ -4,10 +4,13 @@ Axolotl imports this file in every run where the package is installed, and goes 
 without it where that fails: it imports nothing that could.
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from axolotl.integrations.base import BasePlugin, PluginManager
 from axolotl.utils.logging import get_logger
+
+if TYPE_CHECKING:
+    from axolotl_psft.megatron.engine import TensorParallelEngine
 
 LOG = get_logger(__name__)
 
@@ -20,6 +23,9 @@ class PSFTPlugin(BasePlugin):
 
     # Of the training data, where all of it is local files.
     _num_rows = 0
+    # In a tensor-parallel training run. Axolotl's other commands (inference, merging)
+    # load the model of the same YAML whole.
+    _engine: "TensorParallelEngine | None" = None
 
     def __init__(self) -> None:
         super().__init__()
@@ -35,9 +41,14 @@ class PSFTPlugin(BasePlugin):
     def register(self, cfg: Any) -> None:
         if cfg.get("psft") is None:
             return
-        from axolotl_psft import checkpoints, cpu
+        import torch
 
-        cpu.let_ranks_start()
+        from axolotl_psft import checkpoints
+
+        if not torch.accelerator.is_available():
+            from axolotl_psft.cpu import run
+
+            run.let_ranks_start()
         # Before Axolotl writes its log there: the first hook of its command line.
         if cfg.get("output_dir"):
             checkpoints.check_writable(cfg["output_dir"])
@@ -47,10 +58,17 @@ class PSFTPlugin(BasePlugin):
         # device map and the attention implementation.
         if not cfg.psft:
             return
-        from axolotl_psft import attention, checkpoints, cpu, data_files
+        self._engine = None
+        if cfg.device == "cpu":
+            from axolotl_psft.cpu import run
 
-        cpu.place_model(cfg)
-        attention.choose(cfg)
+            run.prepare(cfg)
+        else:
+            from axolotl_psft import attention
+
+            attention.choose(cfg)
+        from axolotl_psft import checkpoints, data_files
+
         report = data_files.check_once(cfg)
         self._num_rows = report.num_rows
         for note in report.notes:
@@ -59,9 +77,9 @@ class PSFTPlugin(BasePlugin):
             return
         checkpoints.choose(cfg)
         if cfg.psft_tensor_parallel_size:
-            from axolotl_psft.megatron import engine
+            from axolotl_psft.megatron.engine import TensorParallelEngine
 
-            engine.prepare(cfg)
+            self._engine = TensorParallelEngine.prepare(cfg)
 
     def pre_model_load(self, cfg: Any) -> None:
         names = {_BARE_NAME, f"{_BARE_NAME}.{type(self).__name__}"}
@@ -72,16 +90,16 @@ class PSFTPlugin(BasePlugin):
             )
 
     def post_model_build(self, cfg: Any, model: Any) -> None:
-        if engine := _prepared_engine(cfg):
-            engine.build(cfg, model)
+        if self._engine:
+            self._engine.build(cfg, model)
 
     def post_model_load(self, cfg: Any, model: Any) -> None:
-        if engine := _prepared_engine(cfg):
-            engine.finish_loading(cfg, model)
+        if self._engine:
+            self._engine.finish_loading(cfg, model)
 
     def post_train(self, cfg: Any, model: Any) -> None:
-        if engine := _prepared_engine(cfg):
-            engine.save(cfg, model)
+        if self._engine:
+            self._engine.save(cfg, model)
 
     def get_trainer_cls(self, cfg: Any) -> type | None:
         if not cfg.psft:
@@ -107,11 +125,15 @@ class PSFTPlugin(BasePlugin):
                 "PSFTTrainer. Remove that plugin or the psft block."
             )
         trainer.psft = PSFTConfig(**cfg.psft)
+        if self._engine:
+            trainer.split_over(self._engine.layout)
         self._report_left_out(cfg, trainer)
 
     def _report_left_out(self, cfg: Any, trainer: Any) -> None:
         """Say how many rows are no samples: Axolotl drops them without a word."""
-        if trainer.is_stream:
+        from axolotl_psft.dataset import is_stream
+
+        if is_stream(trainer.train_dataset):
             return
         num_samples = len(trainer.train_dataset)
         if cfg.val_set_size and trainer.eval_dataset is not None:
@@ -123,15 +145,3 @@ class PSFTPlugin(BasePlugin):
                 f"samples: {self._num_rows - num_samples:,} rows were left out (empty, "
                 "without a supervised token, double, or longer than sequence_len)."
             )
-
-
-def _prepared_engine(cfg: Any) -> Any:
-    """The tensor-parallel engine in a training run; None elsewhere.
-
-    Axolotl's other commands (inference, merging) load the model of the same YAML whole.
-    """
-    if not (cfg.psft and cfg.psft_tensor_parallel_size):
-        return None
-    from axolotl_psft.megatron import engine
-
-    return engine if engine.is_prepared() else None

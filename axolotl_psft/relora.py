@@ -15,7 +15,13 @@ from axolotl.monkeypatch import relora
 from axolotl.monkeypatch.relora import ReLoRACallback
 from torch import distributed as dist
 
-from axolotl_psft import failures
+from axolotl_psft.ranks import gather
+
+
+def callbacks_of(trainer: Any) -> list[ReLoRACallback]:
+    """Those of Axolotl's that restart ReLoRA."""
+    callbacks = trainer.callback_handler.callbacks
+    return [each for each in callbacks if isinstance(each, ReLoRACallback)]
 
 
 def share_draws(callback: ReLoRACallback) -> None:
@@ -41,7 +47,7 @@ def _random_state_of_rank_0(device: torch.device) -> Iterator[None]:
     One collective.
     """
     mine = _random_state(device)
-    first = failures.gather(mine)[0]
+    first = gather(mine)[0]
     _set_random_state(first, device)
     try:
         yield

@@ -1,7 +1,7 @@
 """The loss head's two passes over a tile of logits, as Triton kernels.
 
-logprobs.py has both in torch, says what they compute and decides where these are used:
-there they read each logit once, where torch reads and writes it ten times. Both take
+logit_tiles.py has both in torch, logprobs.py decides where these are used: there they
+read each logit once, where torch reads and writes it ten times. Both take
 what a matmul left (float32, or whatever dtype given logits have), and add the bias,
 scale and cap the logits on the way.
 
@@ -32,7 +32,7 @@ def add_statistics(
     """Merge a tile's statistics into those of the tiles before it.
 
     Args:
-        stats: [4, R] float32, as logprobs._statistics and _merge; overwritten.
+        stats: [4, R] float32, as logit_tiles._statistics and _merge; overwritten.
         x: [R, C], matmul's result; rows may be strided, columns not. Not written to.
         local: [R] int64, the target's column, outside [0, C) in another tile.
         bias: [C] float32.

@@ -17,9 +17,9 @@ from collections.abc import Callable
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from axolotl_psft.causal_lm import install_logprobs_forward
 from axolotl_psft.metrics import TokenSums
 from axolotl_psft.objective import psft_loss, sft_loss
+from axolotl_psft.token_logprobs import install_logprobs_forward
 
 WINDOWS = (1, 2, 4, 8, 16)
 VOCAB_SIZE = 8192

@@ -83,7 +83,7 @@ def score(model: nn.Module, ids: Tensor) -> Tensor:
 def dense(folder: Path) -> tuple[Callable[[], None], nn.Module]:
     from transformers import AutoModelForCausalLM
 
-    from axolotl_psft.causal_lm import install_logprobs_forward
+    from axolotl_psft.token_logprobs import install_logprobs_forward
 
     model = AutoModelForCausalLM.from_pretrained(folder)
     install_logprobs_forward(model)
@@ -104,11 +104,11 @@ def dense(folder: Path) -> tuple[Callable[[], None], nn.Module]:
 def parallel(folder: Path, tp_size: int) -> tuple[Callable[[], None], Any]:
     from transformers import AutoModelForCausalLM
 
-    from axolotl_psft.causal_lm import install_logprobs_forward
     from axolotl_psft.megatron import groups
     from axolotl_psft.megatron.layers import parallelize
     from axolotl_psft.megatron.step import MegatronStep, OptimizerSettings
     from axolotl_psft.megatron.weights import load_weights
+    from axolotl_psft.token_logprobs import install_logprobs_forward
 
     layout = groups.initialize(tp_size)
     model = AutoModelForCausalLM.from_pretrained(folder, device_map={"": "meta"})

@@ -22,7 +22,7 @@ from tests.tiny import config, run, stateful, train_logs, write_dataset, write_m
 NUM_STEPS = 14
 PHASES = {
     "training": "training_step",
-    "scoring": "_score",
+    "scoring": "score",
     "saving": "_save_checkpoint",
 }
 Logs = list[dict[str, float]]
@@ -86,6 +86,8 @@ def _report_phases(path: Path) -> None:
 def at_step(number: int, method: str, do: Callable[[Any], None]) -> None:
     """In this process, ``do(trainer)`` before ``method`` in optimizer step ``number``.
 
+    ``method`` is one of the trainer's, or "score".
+
     A checkpoint is saved in the step after the one it holds.
     """
     done = []
@@ -102,6 +104,12 @@ def _before(name: str, do: Callable[[Any], None]) -> None:
     """Have every trainer class ``do(trainer)`` before its method of this name."""
     from axolotl_psft.trainer import PSFTTrainer
 
+    if name == "score":
+        from axolotl_psft.old_policy import Scorer
+
+        of_trainer = lambda scorer: do(scorer._trainer)  # noqa: E731
+        Scorer.attach = _preceded(Scorer.attach, of_trainer)  # type: ignore[method-assign]
+        return
     classes: list[type] = [PSFTTrainer]
     with contextlib.suppress(ImportError):
         from axolotl_psft.megatron.trainer import MegatronPSFTTrainer

@@ -5,15 +5,13 @@ Whole runs: what is left is what the good rows alone would be.
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from datasets import Dataset
 
-from axolotl_psft import plugin
-from axolotl_psft import trainer as trainer_room
+from axolotl_psft import dataset, plugin
 from axolotl_psft.data_files import DataFileError
 from tests.tiny import PROMPT, column, config, eval_data, run, train_logs, write_rows
 
@@ -133,7 +131,7 @@ def test_conversations_without_an_answer_change_no_gradient(
 ) -> None:
     """One in a micro-batch of five is as none in a micro-batch of four."""
     given: list[str] = []
-    monkeypatch.setattr(trainer_room.LOG, "warning", given.append)
+    monkeypatch.setattr(dataset.LOG, "warning", given.append)
     good = [turns(f"w{i}", f"w{i + 7} w{i} w3") for i in range(24)]
     rows = [row for i in range(0, 24, 4) for row in (*good[i : i + 4], TYPO)]
     # curriculum_sampling: in the data's order.
@@ -252,15 +250,14 @@ def test_nothing_to_train_on_is_an_error(tiny: Path, tmp_path: Path) -> None:
 
 def test_masked_samples_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     given: list[str] = []
-    monkeypatch.setattr(trainer_room.LOG, "warning", given.append)
+    monkeypatch.setattr(dataset.LOG, "warning", given.append)
     masked, supervised = {"labels": [-100, -100]}, {"labels": [-100, 5]}
     empty: dict[str, list[int]] = {"labels": []}
 
     def check(*rows: dict[str, list[int]], order: Any = None) -> None:
         samples = Dataset.from_list(list(rows))
         samples = samples if order is None else samples.select(order)
-        namespace: Any = SimpleNamespace(train_dataset=samples, is_stream=False)
-        trainer_room.PSFTTrainer._check_supervised(namespace)
+        dataset.check_supervised(samples)
 
     check(supervised, supervised)
     # Rows that the indices leave out are none of the data.

@@ -19,7 +19,8 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from axolotl_psft import checkpoints, failures
-from axolotl_psft.old_policy import WindowFileError, window_path
+from axolotl_psft.files import FileError
+from axolotl_psft.resume import window_path
 from tests.distributed.launch import Processes, run_alone
 from tests.faults import (
     NUM_STEPS,
@@ -349,11 +350,11 @@ def test_a_spoilt_window_is_refused_by_name(
             if content.replace(b" ", b"") == intact.replace(b" ", b""):
                 continue
             window.write_bytes(content)
-            message = error_of(cfg, WindowFileError)
+            message = error_of(cfg, FileError)
             assert f"{window}: truncated, damaged" in message
             assert "Resume from another checkpoint" in message
     window.unlink()
-    assert f"{window}: not found" in error_of(cfg, WindowFileError)
+    assert f"{window}: not found" in error_of(cfg, FileError)
     assert checkpoints.in_folder(tmp_path / "run") == [folder], "nothing was trained"
 
 
@@ -407,9 +408,9 @@ def test_a_data_loader_worker_is_killed(
     seed: int, files: Path, undisturbed: Undisturbed, tmp_path: Path
 ) -> None:
     # While the epoch has micro-batches left to load.
-    methods = {"training_step": 4, "_start_window": 2, "_save_checkpoint": 3}
+    methods = {"training_step": 4, "score": 2, "_save_checkpoint": 3}
     method, step = list(methods.items())[seed % 3]
-    packed = method == "_start_window"
+    packed = method == "score"
     # Workers take seconds to end, at each epoch's end.
     cfg = disturbed_config(files, tmp_path, packed, max_steps=6)
     cfg["dataloader_num_workers"] = 2
@@ -545,7 +546,7 @@ def test_another_run_is_refused_by_name(
     change, message = OTHERS[name]
     checkpoint = undisturbed.folder(True) / "run" / f"checkpoint-{step}"
     cfg = disturbed_config(files, tmp_path, True, **change(files))
-    with pytest.raises(WindowFileError, match=message) as caught:
+    with pytest.raises(FileError, match=message) as caught:
         run({**cfg, "resume_from_checkpoint": str(checkpoint)})
     assert "Restore what was changed, or start a new run" in str(caught.value)
 
@@ -592,7 +593,7 @@ def test_another_base_under_an_adapter_is_refused(files: Path, tmp_path: Path) -
 
     def refused(**changes: Any) -> str:
         cfg = disturbed_config(files, tmp_path / "c", True, **{**lora, **changes})
-        return error_of(cfg, WindowFileError)
+        return error_of(cfg, FileError)
 
     # A few values of each tensor are looked at: fine-tuning changes all of them.
     base = Path(shutil.copytree(files / "model", tmp_path / "tuned"))

@@ -12,9 +12,9 @@ import torch
 from torch.testing import assert_close
 
 from axolotl_psft import attention, linear_logprobs, logprobs
-from axolotl_psft.causal_lm import install_logprobs_forward
 from axolotl_psft.objective import psft_loss
 from axolotl_psft.packing import attention_lengths, count_on_host, targets_of
+from axolotl_psft.token_logprobs import install_logprobs_forward
 from axolotl_psft.trainer import PSFTTrainer
 from benchmarks.gpu import training
 from benchmarks.gpu.measure import Bench

@@ -12,16 +12,18 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.testing import assert_close
 
+from axolotl_psft.files import FileError
 from axolotl_psft.initial_policy import (
     InitialPolicy,
-    InitialPolicyError,
     Scores,
     clear,
     folder_in,
     samples,
     scoring_batches,
 )
-from axolotl_psft.old_policy import Batch, WindowFileError
+from axolotl_psft.old_policy import Scorer
+from axolotl_psft.packing import Batch
+from axolotl_psft.ranks import DataRanks
 from tests.test_resume import bits
 from tests.test_resume import options as resume_options
 from tests.tiny import (
@@ -142,8 +144,7 @@ def test_scoring_takes_every_sample_in_as_many_batches_on_every_rank(
             lengths,
             num_rows=num_rows,
             row_tokens=row_tokens,
-            rank=rank,
-            num_ranks=num_ranks,
+            ranks=DataRanks(rank, num_ranks),
         )
         for rank in range(num_ranks)
     ]
@@ -165,7 +166,7 @@ def test_scoring_takes_every_sample_in_as_many_batches_on_every_rank(
 
 
 def test_a_sample_longer_than_a_row_has_one_of_its_own():
-    made = scoring_batches([3, 90, 4], num_rows=1, row_tokens=8, rank=0, num_ranks=1)
+    made = scoring_batches([3, 90, 4], num_rows=1, row_tokens=8, ranks=DataRanks())
     assert made == [[[1]], [[2, 0]]]
 
 
@@ -227,7 +228,7 @@ def test_a_rank_without_a_sample_writes_an_empty_part(tmp_path: Path):
     scores.save(tmp_path, run_id="run", part=0, num_parts=1)
     policy = InitialPolicy(tmp_path, "run")
     assert torch.equal(policy.logprobs(nothing), torch.zeros(1, 6))
-    with pytest.raises(InitialPolicyError, match="no log-probs for a sample"):
+    with pytest.raises(FileError, match="no log-probs for a sample"):
         policy.logprobs(four())
 
 
@@ -235,13 +236,13 @@ def test_an_unknown_sample_is_an_error(folder: Path):
     made = four()
     made["input_ids"][2, 0] += 1
     message = r"psft_initial_logprobs: no log-probs .* 4 supervised tokens in columns 2"
-    with pytest.raises(InitialPolicyError, match=message) as caught:
+    with pytest.raises(FileError, match=message) as caught:
         InitialPolicy(folder, "run").logprobs(made)
     assert "Resume with the same datasets, tokenizer, chat templ" in str(caught.value)
 
 
 def refused(folder: Path, part: int, run_id: str = "run") -> str:
-    with pytest.raises(InitialPolicyError) as caught:
+    with pytest.raises(FileError) as caught:
         InitialPolicy(folder, run_id)
     message = str(caught.value)
     assert message.startswith(f"{folder / f'part-{part}.safetensors'}: ")
@@ -255,21 +256,25 @@ def test_missing_damaged_or_foreign_parts(folder: Path, part: int):
     path = folder / f"part-{part}.safetensors"
     whole = path.read_bytes()
     path.write_bytes(whole[:-1])
-    assert "truncated, damaged or not a file of log-probs" in refused(folder, part)
+    assert (
+        "truncated, damaged or not a file of axolotl_psft.initial_logprobs"
+        in refused(folder, part)
+    )
     path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
     assert "truncated, damaged" in refused(folder, part)
     path.unlink()
     assert "not found" in refused(folder, part)
     shutil.copyfile(folder / f"part-{1 - part}.safetensors", path)
-    assert f"part {1 - part} of another run's" in refused(folder, part)
+    message = refused(folder, part)
+    assert f"its part is {1 - part}, not {part}: another run wrote it" in message
 
 
 def test_parts_of_another_scoring_are_refused(folder: Path):
-    assert "part 0 of another run's" in refused(folder, 0, "later")
+    assert "its run id is run, not later" in refused(folder, 0, "later")
     scores = Scores()
     scores.add(four(), scored(four()))
     scores.save(folder, run_id="later", part=1, num_parts=2)
-    assert "part 1 of another run's" in refused(folder, 1)
+    assert "its run id is later, not run" in refused(folder, 1)
 
 
 def test_copying_replaces_what_was_there(folder: Path, tmp_path: Path):
@@ -302,7 +307,10 @@ def test_clear_deletes_parts_only(folder: Path):
 # Same maths, other summation order, in float32, through eight steps of descent: 7e-8
 # in the first grows two- to threefold a step, to 3e-6 on some CPUs.
 CLOSE = {"rtol": 1e-5, "atol": 1e-6}
-METRICS = ["psft/nll", "psft/approx_kl", "psft/entropy", "grad_norm", "loss"]
+METRICS = [
+    *("psft/nll", "psft/approx_kl", "psft/entropy", "psft/surrogate"),
+    *("grad_norm", "loss"),
+]
 
 
 def assert_same_steps(a: Any, b: Any) -> None:
@@ -329,7 +337,9 @@ def test_every_run_starts_at_its_initial_policy_and_leaves_it(
     assert all(value > 1e-4 for value in divergence[1:])
     nll = torch.tensor(column(trainer, "psft/nll"))
     expected = nll + 0.3 * torch.tensor(divergence)
-    assert_close(torch.tensor(column(trainer, "loss")), expected, rtol=1e-6, atol=0)
+    assert_close(
+        torch.tensor(column(trainer, "psft/surrogate")), expected, rtol=1e-6, atol=0
+    )
     for entry in train_logs(trainer):
         assert entry["psft/phase"] == entry["psft/old_policy_age"] == 0
         assert entry["psft/ratio_max"] == 1 and entry["psft/clip_frac"] == 0
@@ -431,17 +441,15 @@ def test_micro_batches_and_accumulation_change_no_step(
 def test_scoring_takes_micro_batches_of_trainings_size(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, real_batches: bool
 ) -> None:
-    from axolotl_psft.trainer import PSFTTrainer
-
     shapes = []
-    original = PSFTTrainer._scored
+    original = Scorer.scored
 
     def record(self: Any, *args: Any) -> Any:
         for scored_batch, logprobs in original(self, *args):
             shapes.append(tuple(scored_batch["input_ids"].shape))
             yield scored_batch, logprobs
 
-    monkeypatch.setattr(PSFTTrainer, "_scored", record)
+    monkeypatch.setattr(Scorer, "scored", record)
     options = {**shape(True), "micro_batch_size": 2, "psft": SFT_KL}
     options["multipack_real_batches"] = real_batches
     trainer = run(config(tiny, tmp_path, **options))
@@ -561,20 +569,20 @@ def test_resume_needs_the_initial_policy_of_its_run(
         resume(noisy, tmp_path / "resumed", run_folder / "checkpoint-3", **options)
 
     part.write_bytes(intact[: len(intact) // 2])
-    with pytest.raises(InitialPolicyError, match=r"part-0.safetensors: truncated"):
+    with pytest.raises(FileError, match=r"part-0.safetensors: truncated"):
         again()
     part.unlink()
-    with pytest.raises(InitialPolicyError, match=r"part-0.safetensors: not found"):
+    with pytest.raises(FileError, match=r"part-0.safetensors: not found"):
         again()
     part.write_bytes(intact)
     other = [{"path": str(noisy / "other.jsonl"), "type": PROMPT}]
-    with pytest.raises(WindowFileError, match="datasets: contents was"):
+    with pytest.raises(FileError, match="datasets: contents was"):
         again(datasets=other)
-    with pytest.raises(WindowFileError, match="datasets: contents was"):
+    with pytest.raises(FileError, match="datasets: contents was"):
         again(train_on_inputs=True)
-    with pytest.raises(WindowFileError, match=r"psft\.kl_coef was 0\.5 .* is 0\.4 now"):
+    with pytest.raises(FileError, match=r"psft\.kl_coef was 0\.5 .* is 0\.4 now"):
         again(psft={**SFT_KL, "kl_coef": 0.4})
-    with pytest.raises(WindowFileError, match=r"psft\.objective was sft_kl .* is psft"):
+    with pytest.raises(FileError, match=r"psft\.objective was sft_kl .* is psft"):
         again(psft={"refresh_steps": 4})
 
 
@@ -594,7 +602,7 @@ def test_a_later_run_in_the_same_folder_is_another_run(
     # The first run's checkpoint beside the second run's log-probs.
     shutil.rmtree(output / "checkpoint-1")
     shutil.copytree(kept, output / "checkpoint-1")
-    with pytest.raises(InitialPolicyError, match="part 0 of another run's"):
+    with pytest.raises(FileError, match=r"part-0.*its run id is \w+, not \w+"):
         resume(noisy, tmp_path, output / "checkpoint-1", **options)
 
 

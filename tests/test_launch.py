@@ -23,7 +23,11 @@ def losses(folder: Path) -> list[tuple[float, float]]:
     state = json.loads(
         (folder / "run" / "checkpoint-4" / "trainer_state.json").read_text()
     )
-    return [(e["loss"], e["grad_norm"]) for e in state["log_history"] if "loss" in e]
+    return [
+        (e["psft/surrogate"], e["grad_norm"])
+        for e in state["log_history"]
+        if "loss" in e
+    ]
 
 
 # As if the package were not installed: its entry point is all that Axolotl sees of it.

@@ -45,7 +45,7 @@ def test_one_plugin_whose_hooks_run_once(
         monkeypatch.setattr(PSFTPlugin, name, hook)
     trainer = run(config(tiny, tmp_path / "run", max_steps=2, plugins=plugins))
     assert type(trainer) is type(plain)
-    assert trainer.state.log_history[0]["loss"] == -1.0
+    assert trainer.state.log_history[0]["psft/surrogate"] == -1.0
     assert calls == Counter(HOOKS)
 
 

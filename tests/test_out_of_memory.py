@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
+from axolotl_psft import initial_policy
 from axolotl_psft.trainer import PSFTTrainer
 from tests.tiny import column, config, run
 
@@ -36,23 +37,23 @@ class Failure:
         self.folder, self.scored = folder, 0
         self._losses: list[int] = []
         self._failed = False
-        loss, score = PSFTTrainer._loss, PSFTTrainer._score_data_set
+        loss, score = PSFTTrainer.compute_loss, initial_policy.score
 
-        def failing(trainer: Any, output: Any, *args: Any, **kwargs: Any) -> Any:
-            result = loss(trainer, output, *args, **kwargs)
-            if output.logprobs.requires_grad and trainer.state.global_step == 2:
+        def failing(trainer: Any, *args: Any, **kwargs: Any) -> Any:
+            result = loss(trainer, *args, **kwargs)
+            if trainer.state.global_step == 2:
                 self._losses.append(1)
                 if len(self._losses) == 2:
                     trainer.model.save_pretrained(self.folder)
                     raise RuntimeError("CUDA out of memory.")
             return result
 
-        def counted(trainer: Any, *args: Any) -> Any:
+        def counted(*args: Any) -> Any:
             self.scored += 1
-            return score(trainer, *args)
+            return score(*args)
 
-        monkeypatch.setattr(PSFTTrainer, "_loss", failing)
-        monkeypatch.setattr(PSFTTrainer, "_score_data_set", counted)
+        monkeypatch.setattr(PSFTTrainer, "compute_loss", failing)
+        monkeypatch.setattr(initial_policy, "score", counted)
 
 
 def test_windows_start_anew_with_the_weights_of_that_time(

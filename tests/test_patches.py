@@ -184,7 +184,7 @@ def _probe_peers() -> dict[str, Any]:
     import torch
     from axolotl.utils.environment import check_cuda_p2p_support
 
-    from axolotl_psft import cpu
+    from axolotl_psft.cpu import run
 
     def answer() -> Any:
         return outcome(check_cuda_p2p_support)
@@ -198,7 +198,7 @@ def _probe_peers() -> dict[str, Any]:
         for error in (AssertionError, RuntimeError):
             with mock.patch(asked, side_effect=error("no driver")):
                 stock = answer()
-                cpu.let_ranks_start()
+                run.let_ranks_start()
                 said[f"peers {error.__name__}"] = [stock, answer()]
     said["has no accelerator"] = not torch.accelerator.is_available()
     return said
@@ -252,13 +252,13 @@ def _probe_device(tiny: str, folder: str) -> dict[str, Any]:
 
     from transformers import AutoModelForCausalLM
 
-    from axolotl_psft import cpu
+    from axolotl_psft.cpu import run
     from tests import tiny as models
 
     with mock.patch.dict(os.environ, WORLD_SIZE="2", LOCAL_RANK="1"):
         cfg = models.load(models.config(Path(tiny), Path(folder)))
     before = cfg.device_map
-    cpu.place_model(cfg)
+    run.prepare(cfg)
 
     def load(device_map: Any) -> str:
         path = Path(tiny) / "model"
@@ -625,7 +625,7 @@ def probe_megatron(store: str) -> dict[str, Any]:
     from megatron.core.tensor_parallel import ColumnParallelLinear
     from megatron.core.transformer import TransformerConfig
 
-    from axolotl_psft.megatron.cpu import stand_ins
+    from axolotl_psft.megatron.groups import on_this_device
 
     torch.distributed.init_process_group(
         "gloo",
@@ -666,7 +666,7 @@ def probe_megatron(store: str) -> dict[str, Any]:
     said: dict[str, Any] = {
         "file": megatron.core.utils.__file__,
         "device": str(megatron.core.utils.current_device()),
-        "stand-ins stay away": isinstance(stand_ins(), nullcontext),
+        "stand-ins stay away": isinstance(on_this_device(), nullcontext),
         "modules without it": [
             file
             for file in changed_files(_megatron_patch())

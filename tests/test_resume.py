@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from axolotl_psft.old_policy import WindowFileError, window_path
+from axolotl_psft.files import FileError
+from axolotl_psft.resume import window_path
 from tests.tiny import (
     config,
     run,
@@ -126,19 +127,19 @@ def test_resume_needs_the_window_file(
         )
 
     window.write_bytes(intact[: len(intact) // 2])
-    with pytest.raises(WindowFileError, match=r"psft_window_rank0.*truncated"):
+    with pytest.raises(FileError, match=r"psft_window_rank0.*truncated"):
         resume()
     other = window_path(output / "run" / f"checkpoint-{step - 1}", 0)
     window.write_bytes(other.read_bytes())
-    with pytest.raises(WindowFileError, match=rf"belongs to step {step - 1}"):
+    with pytest.raises(FileError, match=rf"its global step is {step - 1}, not"):
         resume()
     window.unlink()
-    with pytest.raises(WindowFileError, match=r"psft_window_rank0.*not found"):
+    with pytest.raises(FileError, match=r"psft_window_rank0.*not found"):
         resume()
     window.write_bytes(intact)
-    with pytest.raises(WindowFileError, match=r"psft\.refresh_steps was 4 .* is 5"):
+    with pytest.raises(FileError, match=r"psft\.refresh_steps was 4 .* is 5"):
         resume(psft={"epsilon_high": 0.28, "refresh_steps": 5, "sft_warmup_steps": 1})
-    with pytest.raises(WindowFileError, match=r"seed was 7 .* is 8"):
+    with pytest.raises(FileError, match=r"seed was 7 .* is 8"):
         resume(seed=8)
 
 
@@ -148,7 +149,7 @@ def test_a_checkpoint_of_plain_sft_is_not_resumed_as_psft(
     stock = options(False, max_steps=2, save_steps=2)
     run(config(noisy, tmp_path / "sft", **{**stock, "psft": None, "plugins": None}))
     checkpoint = tmp_path / "sft" / "run" / "checkpoint-2"
-    with pytest.raises(WindowFileError, match="not written by a psft run"):
+    with pytest.raises(FileError, match="that a psft run has completed"):
         run(
             config(
                 noisy,

@@ -1,15 +1,21 @@
 """Whole runs in this process: what the objective, the window and the logs must do."""
 
+import inspect
 import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from axolotl.core.trainers.base import AxolotlTrainer
 from torch.testing import assert_close
+from transformers import Trainer
 
-from axolotl_psft import causal_lm, linear_logprobs, logprobs
+from axolotl_psft import linear_logprobs, logprobs, token_logprobs
+from axolotl_psft.failures import NonFiniteLossError
+from axolotl_psft.loss import TrainingLoss
 from axolotl_psft.metrics import TokenSums
+from axolotl_psft.old_policy import Scorer
 from axolotl_psft.trainer import PSFTTrainer
 from tests.host_waits import HostWaits
 from tests.tiny import PROMPT, column, config, eval_data, run, train_logs, write_dataset
@@ -19,7 +25,10 @@ from tests.tiny import PROMPT, column, config, eval_data, run, train_logs, write
 CLOSE = {"rtol": 2e-6, "atol": 1e-6}
 
 # What must agree between two runs that differ in how a step is cut up.
-STEP_METRICS = ["psft/nll", "psft/entropy", "grad_norm", "psft/clip_frac", "loss"]
+STEP_METRICS = [
+    *("psft/nll", "psft/entropy", "psft/clip_frac", "psft/surrogate"),
+    *("grad_norm", "loss"),
+]
 
 PSFT = {"epsilon_high": 0.28, "refresh_steps": 4}
 
@@ -54,7 +63,7 @@ def test_first_step_of_a_window_has_ratio_exactly_one(psft_run: Any) -> None:
         if entry["psft/old_policy_age"] == 0:
             assert entry["psft/ratio_mean"] == entry["psft/ratio_max"] == 1.0
             assert entry["psft/clip_frac"] == entry["psft/approx_kl"] == 0.0
-            assert entry["loss"] == -1.0
+            assert entry["psft/surrogate"] == -1.0
         else:
             assert entry["psft/ratio_max"] != 1.0
 
@@ -69,7 +78,9 @@ def test_first_step_of_a_window_has_the_gradient_of_sft(
     # which -1/N and the gradient of log p are multiplied.
     for name, weight in weights(psft).items():
         assert_close(weight, weights(sft)[name], rtol=0, atol=1e-7, msg=_say(name))
-    assert column(sft, "loss") == pytest.approx(column(sft, "psft/nll"), rel=1e-6)
+    for each in (psft, sft):
+        assert column(each, "loss") == pytest.approx(column(each, "psft/nll"), rel=1e-6)
+    assert column(sft, "psft/surrogate") == column(sft, "psft/nll")
 
 
 def test_refresh_every_step_trains_like_plain_axolotl(
@@ -77,15 +88,10 @@ def test_refresh_every_step_trains_like_plain_axolotl(
 ) -> None:
     psft = run(config(tiny, tmp_path / "psft", psft={"refresh_steps": 1}))
     stock = run(config(tiny, tmp_path / "stock", psft=None, plugins=None))
-    for ours, theirs in (("psft/nll", "loss"), ("grad_norm", "grad_norm")):
+    for key in ("loss", "grad_norm"):
         # fp32: 1e-6, relative to losses near 4 and norms near 1.
-        assert_close(
-            torch.tensor(column(psft, ours)),
-            torch.tensor(column(stock, theirs)),
-            rtol=1e-6,
-            atol=1e-6,
-            msg=_say(ours),
-        )
+        ours, theirs = (torch.tensor(column(each, key)) for each in (psft, stock))
+        assert_close(ours, theirs, rtol=1e-6, atol=1e-6, msg=_say(key))
     assert column(psft, "ppl") == pytest.approx(column(stock, "ppl"), rel=1e-5)
 
 
@@ -93,10 +99,10 @@ def test_dft_trains_like_axolotls_own(tiny: Path, tmp_path: Path) -> None:
     dft = run(config(tiny, tmp_path / "psft", psft={"objective": "dft"}))
     options: dict[str, Any] = {"psft": None, "plugins": None, "use_dft": True}
     stock = run(config(tiny, tmp_path / "stock", **options))
-    for key in ("loss", "grad_norm"):
+    for key, of_stock in (("psft/surrogate", "loss"), ("grad_norm", "grad_norm")):
         # fp32: 1e-6, relative to losses and norms near 1.
-        ours, theirs = (torch.tensor(column(each, key)) for each in (dft, stock))
-        assert_close(ours, theirs, rtol=1e-6, atol=1e-6, msg=_say(key))
+        ours, theirs = column(dft, key), column(stock, of_stock)
+        assert ours == pytest.approx(theirs, rel=1e-6, abs=1e-6), key
     for name, weight in weights(dft).items():
         assert_close(weight, weights(stock)[name], rtol=0, atol=1e-6, msg=_say(name))
     assert column(dft, "psft/ratio_max") == [1.0] * 8
@@ -134,11 +140,12 @@ def test_an_objective_by_its_import_path(
     own = run(config(tiny, tmp_path / "own", psft=psft, micro_batch_size=8))
     wide = {**PSFT, "epsilon_high": 1e9}
     expected = run(config(tiny, tmp_path / "wide", psft=wide, micro_batch_size=8))
-    assert column(own, "loss") == column(expected, "loss")
+    key = "psft/surrogate"
+    assert column(own, key) == column(expected, key)
     assert column(own, "psft/old_policy_age") == [0, 1, 2, 3, 0, 1, 2, 3]
     # What would have been clipped is counted all the same.
     assert max(column(own, "psft/clip_frac")) > 0
-    assert column(own, "loss") != column(psft_run, "loss")
+    assert column(own, key) != column(psft_run, key)
 
 
 def test_a_plugin_without_a_block_changes_nothing(tiny: Path, tmp_path: Path) -> None:
@@ -222,8 +229,9 @@ def test_warm_up_is_sft_and_then_psft_starts(tiny: Path, tmp_path: Path) -> None
     assert column(warm, "psft/old_policy_age") == [0, 0, 0, 0, 1, 2, 3, 0]
     # The fourth step's NLL is that of weights made by three steps of SFT.
     assert column(warm, "psft/nll")[:4] == column(sft, "psft/nll")[:4]
-    assert column(warm, "loss")[:3] == column(sft, "loss")[:3]
-    assert column(warm, "loss")[3] == -1.0
+    key = "psft/surrogate"
+    assert column(warm, key)[:3] == column(sft, key)[:3]
+    assert column(warm, key)[3] == -1.0
 
 
 def test_sft_baseline_logs_the_same_metrics(
@@ -246,20 +254,20 @@ def test_scoring_costs_one_forward_less_than_the_window(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scored = []
-    original = PSFTTrainer._score
+    original = Scorer.attach
 
     def count(self: Any, batches: list[Any]) -> None:
         scored.append(len(batches))
         original(self, batches)
 
-    monkeypatch.setattr(PSFTTrainer, "_score", count)
+    monkeypatch.setattr(Scorer, "attach", count)
     calls = []
 
     def head(*args: Any, **kwargs: Any) -> Any:
         calls.append((torch.is_grad_enabled(), kwargs["with_entropy"]))
         return linear_logprobs(*args, **kwargs)
 
-    monkeypatch.setattr(causal_lm, "linear_logprobs", head)
+    monkeypatch.setattr(token_logprobs, "linear_logprobs", head)
     trainer = run(config(tiny, tmp_path, gradient_accumulation_steps=2, max_steps=6))
     # 4 steps of 2 micro-batches each: all but the first step's are scored. The second
     # window goes beyond the end of the run, for one that resumes it.
@@ -298,9 +306,9 @@ def test_long_scoring_shows_progress(
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    from axolotl_psft import trainer
+    from axolotl_psft import old_policy
 
-    monkeypatch.setattr(trainer, "_PROGRESS_AFTER_SECONDS", 0.0)
+    monkeypatch.setattr(old_policy, "_PROGRESS_AFTER_SECONDS", 0.0)
     run(config(tiny, tmp_path, max_steps=4))
     assert "Scoring the old policy" in capfd.readouterr().err
 
@@ -425,19 +433,17 @@ def test_a_non_finite_loss_stops_the_run_and_keeps_the_checkpoint(
 ) -> None:
     from transformers import AutoModelForCausalLM
 
-    from axolotl_psft.trainer import NonFiniteLossError, PSFTTrainer
+    original = TrainingLoss.__call__
 
-    original = PSFTTrainer._loss
-
-    def poisoned(self: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
-        loss = original(self, *args, **kwargs)
-        if self.model.training and self.state.global_step == 5:
+    def poisoned(self: Any, tokens: Any, old: Any, num: Any, step: int) -> Any:
+        loss = original(self, tokens, old, num, step)
+        if step == 5:
             loss = loss * math.nan
-            self._step_loss += loss.detach()
+            self.of_step += loss.detach()
         return loss
 
     options = {"save_strategy": None, "save_steps": 2}
-    monkeypatch.setattr(PSFTTrainer, "_loss", poisoned)
+    monkeypatch.setattr(TrainingLoss, "__call__", poisoned)
     with pytest.raises(NonFiniteLossError, match=r"loss of rank 0 .* step 6\b"):
         run(config(tiny, tmp_path, **options))
     monkeypatch.undo()
@@ -458,14 +464,12 @@ def test_a_non_finite_loss_stops_the_run_and_keeps_the_checkpoint(
 def test_a_non_finite_gradient_stops_the_run(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from axolotl_psft.trainer import NonFiniteLossError, PSFTTrainer
-
-    original = PSFTTrainer._get_grad_norm
+    original = AxolotlTrainer._get_grad_norm
 
     def poisoned(self: Any, model: Any, grad_norm: Any = None) -> Any:
         return original(self, model, torch.tensor(math.inf))
 
-    monkeypatch.setattr(PSFTTrainer, "_get_grad_norm", poisoned)
+    monkeypatch.setattr(AxolotlTrainer, "_get_grad_norm", poisoned)
     with pytest.raises(NonFiniteLossError, match=r"gradient norm \(inf\) .* step 1\b"):
         run(config(tiny, tmp_path))
 
@@ -473,20 +477,18 @@ def test_a_non_finite_gradient_stops_the_run(
 def test_old_logprobs_stay_with_their_micro_batch(psft_run: Any) -> None:
     trainer = psft_run
     batches = list(trainer.get_train_dataloader())[:2]
-    trainer._score(batches)
-    prepared = [trainer._prepare_inputs(batch) for batch in batches]
-    trainer._train_sums = TokenSums("cpu")
+    trainer._scorer.attach(batches)
+    prepared = [trainer.on_device(batch) for batch in batches]
+    trainer._loss._sums = TokenSums("cpu")
     trainer.model.train()
     for inputs in prepared:
         trainer.compute_loss(trainer.model, inputs, num_items_in_batch=1)
-    assert trainer._train_sums.reduce()["ratio_max"] == 1.0
+    assert trainer._loss.metrics()["ratio_max"] == 1.0
 
 
 def test_another_loss_function_is_refused(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from axolotl_psft.trainer import PSFTTrainer
-
     def other(*args: Any, **kwargs: Any) -> None: ...
 
     message = r"compute_loss_func: other replaces the loss, .* Remove the option"
@@ -555,3 +557,46 @@ def test_gradient_checkpointing_changes_nothing(
 ) -> None:
     other = run(config(tiny, tmp_path, gradient_checkpointing=True, micro_batch_size=8))
     assert_same_steps(psft_run, other)
+
+
+# ---- What the trainer knows of Axolotl's and transformers' insides ----
+
+# The private methods that are overridden, with the parameters they have upstream.
+OVERRIDDEN = {
+    "_get_train_sampler": ["train_dataset"],
+    "_get_grad_norm": ["model", "grad_norm"],
+    "_save_checkpoint": ["model", "trial"],
+    "_save_rng_state": ["output_dir"],
+}
+OVERRIDDEN_SPLIT = {
+    "_data_parallel_size": [],
+    "_get_grad_norm": ["model", "grad_norm"],
+    "_load_best_model": [],
+    "_load_from_checkpoint": ["resume_from_checkpoint", "model"],
+    "_wrap_model": ["model", "training", "dataloader"],
+}
+
+
+def private_overrides(cls: type) -> set[str]:
+    names = {name for name in vars(cls) if name.startswith("_") and "__" not in name}
+    return {name for name in names if hasattr(AxolotlTrainer, name)}
+
+
+def test_the_private_methods_that_are_overridden_are_as_they_were() -> None:
+    from axolotl_psft.megatron.trainer import MegatronPSFTTrainer
+
+    for cls, expected in (
+        (PSFTTrainer, OVERRIDDEN),
+        (MegatronPSFTTrainer, OVERRIDDEN_SPLIT),
+    ):
+        assert private_overrides(cls) == expected.keys()
+        for name, parameters in expected.items():
+            # Of Axolotl's wrappers around it what transformers has is passed through.
+            of = Trainer if hasattr(Trainer, name) else AxolotlTrainer
+            found = inspect.signature(getattr(of, name)).parameters
+            assert list(found)[1:] == parameters, name
+
+
+def test_the_trainer_uses_what_axolotl_counts_tokens_with() -> None:
+    found = inspect.signature(AxolotlTrainer._accumulate_token_counts).parameters
+    assert list(found) == ["self", "inputs"]

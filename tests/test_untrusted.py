@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 
 import axolotl_psft
-from axolotl_psft.initial_policy import InitialPolicy, InitialPolicyError
-from axolotl_psft.old_policy import WindowFileError, load_window, window_path
+from axolotl_psft.files import FileError
+from axolotl_psft.initial_policy import InitialPolicy
+from axolotl_psft.resume import Run, load_window, window_path
 from tests.tiny import PROMPT, config, run, train_logs
 
 SAVE = {"save_strategy": None, "save_steps": 2, "max_steps": 4}
@@ -68,7 +69,7 @@ def test_a_pickle_in_a_checkpoint_is_not_executed(
         with pytest.raises(Exception) as caught:
             run(cfg)
         if name.startswith("psft_window"):
-            assert caught.type is WindowFileError
+            assert caught.type is FileError
     assert not marker.exists()
 
 
@@ -98,12 +99,10 @@ OUTSIDE = json.dumps(
 def test_lengths_that_lie_are_an_error_of_ours(content: bytes, tmp_path: Path) -> None:
     window = window_path(tmp_path, 0)
     window.write_bytes(content)
-    with pytest.raises(WindowFileError, match=r"rank0\.safetensors: truncated, dam"):
-        load_window(
-            tmp_path, global_step=1, rank=0, world_size=1, settings={}, batching={}
-        )
+    with pytest.raises(FileError, match=r"rank0\.safetensors: truncated, dam"):
+        load_window(tmp_path, Run(0, 1, {}, {}), global_step=1)
     (tmp_path / "part-0.safetensors").write_bytes(content)
-    with pytest.raises(InitialPolicyError, match=r"part-0\.safetensors: truncated,"):
+    with pytest.raises(FileError, match=r"part-0\.safetensors: truncated,"):
         InitialPolicy(tmp_path, "id")
 
 

@@ -4,6 +4,8 @@ Ranks that share one copy of the model are neighbours: rank = data_rank * size +
 within the copy. Megatron-Core's parallel_state holds the groups.
 """
 
+import contextlib
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -11,6 +13,8 @@ import torch
 from megatron.core import parallel_state
 from torch import distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
+
+from axolotl_psft.ranks import DataRanks
 
 
 @dataclass(frozen=True)
@@ -29,9 +33,15 @@ class Layout:
     def describe(self) -> str:
         return f"tensor parallel {self.tp_size} x data parallel {self.dp_size}"
 
+    @property
+    def data_ranks(self) -> DataRanks:
+        """This rank among those whose micro-batches differ."""
+        is_first = self.tp_rank == 0
+        return DataRanks(self.dp_rank, self.dp_size, self.dp_group, is_first)
+
 
 def initialize(tp_size: int, *, timeout_minutes: float = 30.0) -> Layout:
-    """Create the groups, or return them where they exist with this size.
+    """Create the groups, or take them where they exist with this size.
 
     Every rank must call it, with torch.distributed initialized.
 
@@ -40,27 +50,18 @@ def initialize(tp_size: int, *, timeout_minutes: float = 30.0) -> Layout:
     """
     world_size = dist.get_world_size() if dist.is_initialized() else 1
     check_world_size(tp_size, world_size)
-    if are_initialized():
-        if parallel_state.get_tensor_model_parallel_world_size() == tp_size:
-            return current()
+    exist = parallel_state.model_parallel_is_initialized()
+    if exist and parallel_state.get_tensor_model_parallel_world_size() != tp_size:
         parallel_state.destroy_model_parallel()
-    parallel_state.initialize_model_parallel(
-        tp_size,
-        distributed_timeout_minutes=timeout_minutes,
-        create_gloo_process_groups=False,
-    )
-    return current()
-
-
-def are_initialized() -> bool:
-    """Whether the groups exist."""
-    return parallel_state.model_parallel_is_initialized()
-
-
-def current() -> Layout:
-    """The layout of the groups that exist."""
+        exist = False
+    if not exist:
+        parallel_state.initialize_model_parallel(
+            tp_size,
+            distributed_timeout_minutes=timeout_minutes,
+            create_gloo_process_groups=False,
+        )
     return Layout(
-        tp_size=parallel_state.get_tensor_model_parallel_world_size(),
+        tp_size=tp_size,
         tp_rank=parallel_state.get_tensor_model_parallel_rank(),
         dp_size=parallel_state.get_data_parallel_world_size(),
         dp_rank=parallel_state.get_data_parallel_rank(),
@@ -94,3 +95,15 @@ def data_mesh(layout: Layout, timeout: timedelta) -> DeviceMesh:
     for group in mesh.get_all_groups():
         dist.distributed_c10d._set_pg_timeout(timeout, group)
     return mesh
+
+
+def on_this_device() -> AbstractContextManager[None]:
+    """A context in which Megatron-Core computes where this process does. Re-entrant.
+
+    It names the device "cuda" literally: right on a GPU, and on a CPU a stand-in.
+    """
+    if torch.accelerator.is_available():
+        return contextlib.nullcontext()
+    from axolotl_psft.cpu.megatron import stand_ins
+
+    return stand_ins()

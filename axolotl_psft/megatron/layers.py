@@ -26,8 +26,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from axolotl_psft.megatron.cpu import stand_ins
-from axolotl_psft.megatron.groups import Layout
+from axolotl_psft.megatron.groups import Layout, on_this_device
+from axolotl_psft.token_logprobs import LogprobsHead
 
 TESTED_MODEL_TYPES = ("llama", "qwen2", "qwen3", "mistral")
 
@@ -157,7 +157,7 @@ class RowLinear(RowParallelLinear):
         return self.sequence.tokens_last(super().forward(self.sequence.tokens_first(x)))
 
 
-class Head(ColumnParallelLinear):
+class Head(LogprobsHead, ColumnParallelLinear):
     """lm_head with its vocabulary shard; log-probs never need the whole.
 
     Called with hidden states alone it returns all logits, for inference.
@@ -165,8 +165,12 @@ class Head(ColumnParallelLinear):
 
     get_extra_state = nn.Module.get_extra_state
 
-    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
-        with stand_ins():  # generation comes here without the step's
+    def forward(  # type: ignore[override]
+        self, x: Tensor, targets: Tensor | None = None, **options: Any
+    ) -> Any:
+        if targets is not None:
+            return self.logprobs(x, targets, **options)
+        with on_this_device():  # generation comes here without the step's
             return super().forward(x)[0]
 
 
@@ -195,6 +199,7 @@ class _Factory:
         sequence_parallel: bool,
     ) -> None:
         self.sequence_parallel = sequence_parallel
+        self.group = layout.tp_group
         self.options = {
             "tensor_model_parallel_size": layout.tp_size,
             "params_dtype": dtype,
@@ -233,6 +238,7 @@ class _Factory:
             config=config,
             init_method=_leave,
             bias=linear.bias is not None,
+            tp_group=self.group,
             **options,
         )
 
@@ -243,6 +249,7 @@ class _Factory:
             module.embedding_dim,
             config=self._config(),
             init_method=_leave,
+            tp_group=self.group,
         )
         layer.padding_idx = module.padding_idx
         return layer

@@ -38,16 +38,11 @@ from megatron.core.transformer import MegatronModule, TransformerConfig
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from axolotl_psft.files import replacing
-from axolotl_psft.megatron.cpu import stand_ins
-from axolotl_psft.megatron.groups import Layout
+from axolotl_psft.files import FileError, check_format, replacing
+from axolotl_psft.megatron.groups import Layout, on_this_device
 from axolotl_psft.megatron.layers import partial_gradients
 
-_FORMAT = "axolotl_psft.megatron_optimizer/2"
-
-
-class OptimizerFileError(RuntimeError):
-    """An optimizer file that this layout cannot resume from."""
+_FORMAT = "axolotl_psft.megatron_optimizer/3"
 
 
 @dataclass(frozen=True)
@@ -74,7 +69,7 @@ class _Wrapped(MegatronModule):
         self.model = model
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        with stand_ins():  # scoring and evaluation come straight here
+        with on_this_device():  # scoring and evaluation come straight here
             return self.model(*args, **kwargs)
 
     def set_input_tensor(self, input_tensor: Any) -> None:
@@ -99,7 +94,7 @@ class MegatronStep:
         # over the data-parallel ranks, knows Adam only; SGD has no moments.
         distributed = layout.dp_size > 1 and settings.name == "adam"
         config = _step_config(model, layout, dtype)
-        with stand_ins():
+        with on_this_device():
             self.ddp = _data_parallel(config, model, layout, distributed)
             config.no_sync_func = self.ddp.no_sync
             config.finalize_model_grads_func = finalize_model_grads
@@ -143,7 +138,7 @@ class MegatronStep:
 
         self.ddp.zero_grad_buffer()
         self.optimizer.zero_grad()
-        with stand_ins():
+        with on_this_device():
             losses = get_forward_backward_func()(
                 forward_step_func=forward,
                 data_iterator=iter(batches),
@@ -160,17 +155,17 @@ class MegatronStep:
 
         With Transformer Engine Megatron-Core leaves it on the device.
         """
-        with stand_ins():
+        with on_this_device():
             return self.optimizer.get_grad_norm()
 
     def clip_grad_norm(self, max_norm: float) -> float | Tensor:
         """Scale the gradients down to ``max_norm``; returns the norm before."""
-        with stand_ins():
+        with on_this_device():
             return self.optimizer.clip_grad_norm(max_norm)
 
     def update(self) -> None:
         """Step the optimizer; with the distributed one, gather the new weights."""
-        with stand_ins():
+        with on_this_device():
             self.optimizer.step_with_ready_grads()
             if self._gathers_late:
                 self._start_gathering()
@@ -210,12 +205,12 @@ class MegatronStep:
         """Read this rank's part back.
 
         Raises:
-            OptimizerFileError: it was written under another layout, or not at all.
+            FileError: it was written under another layout, or not at all.
         """
         path = _optimizer_path(folder, self.layout)
         if not path.is_file():
             others = sorted(Path(folder).glob("megatron_optimizer_*.pt"))
-            raise OptimizerFileError(
+            raise FileError(
                 f"{path}: not found; this run is {self.layout.describe()}, the folder "
                 f"has {[p.name for p in others]}. Optimizer state is resumed at the "
                 "layout that wrote it: launch with the same tensor_parallel_size and "
@@ -224,14 +219,9 @@ class MegatronStep:
             )
         device = next(self.ddp.parameters()).device
         state = torch.load(path, map_location=device, weights_only=True)
-        if state.get("format") != _FORMAT:
-            raise OptimizerFileError(
-                f"{path}: {state.get('format')}, this version reads {_FORMAT}. Resume "
-                "with the version that wrote it, or start a new run with base_model "
-                "set to this checkpoint."
-            )
+        check_format(path, state.get("format"), _FORMAT)
         if state["layout"] != self.layout.describe():
-            raise OptimizerFileError(
+            raise FileError(
                 f"{path}: written under {state['layout']}, this run is "
                 f"{self.layout.describe()}. Launch with that layout, or start a new "
                 "run with base_model set to this checkpoint."

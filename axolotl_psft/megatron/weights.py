@@ -22,7 +22,6 @@ from transformers import PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 from transformers.utils.hub import get_checkpoint_shard_files
 
-from axolotl_psft.checkpoints import FirstError
 from axolotl_psft.files import replacing
 from axolotl_psft.megatron.groups import Layout
 
@@ -99,7 +98,6 @@ def save_weights(
     """Write the whole model as Hugging Face safetensors files, config included.
 
     Every rank must call it. Rank 0 writes; it holds one file's tensors at a time.
-    Where it cannot write, it raises in the end: the others gather with it until then.
     """
     tensors = _tensors(model)
     whole = {
@@ -109,23 +107,17 @@ def save_weights(
     plan = split_torch_state_dict_into_shards(whole, max_shard_size=max_shard_size)
     is_writer = dist.get_rank() == 0
     folder = Path(folder)
-    first = FirstError()
     if is_writer:
-        with first.kept():
-            _write_configs(model, folder)
+        _write_configs(model, folder)
     if layout.dp_rank == 0:  # the other copies are the same
         for filename, names in plan.filename_to_tensors.items():
             gathered = {name: _gather(tensors[name], layout) for name in names}
-            if is_writer and first.error is None:
-                with first.kept():
-                    _write_file(folder / filename, gathered)
+            if is_writer:
+                _write_file(folder / filename, gathered)
             del gathered  # before the next file's are
-    if is_writer and first.error is None:
-        with first.kept():
-            _write_index(folder, plan)
+    if is_writer:
+        _write_index(folder, plan)
     dist.barrier()
-    if first.error is not None:
-        raise first.error
 
 
 def _write_configs(model: PreTrainedModel, folder: Path) -> None:

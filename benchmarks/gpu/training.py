@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from axolotl_psft.causal_lm import install_logprobs_forward
 from axolotl_psft.objective import psft_loss, sft_loss
+from axolotl_psft.token_logprobs import install_logprobs_forward
 from benchmarks.gpu.measure import Bench, Figure, relative_error
 
 WINDOW = 8  # optimizer steps a refresh

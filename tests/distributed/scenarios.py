@@ -124,21 +124,22 @@ def files_read(tiny: Path, output: Path) -> list[int]:
 
 
 def nan_on_one_rank(tiny: Path, output: Path) -> str:
-    from axolotl_psft.trainer import NonFiniteLossError, PSFTTrainer
+    from axolotl_psft.failures import NonFiniteLossError
+    from axolotl_psft.trainer import PSFTTrainer
 
-    original = PSFTTrainer._loss
+    original = PSFTTrainer.compute_loss
 
     def poisoned(self: Any, *args: Any, **kwargs: Any) -> Any:
         loss = original(self, *args, **kwargs)
         if self.state.global_step == 2 and self.args.process_index == 1:
-            self._step_loss += math.nan
+            self._loss.of_step += math.nan
         return loss
 
-    PSFTTrainer._loss = poisoned
+    PSFTTrainer.compute_loss = poisoned
     try:
         run(config(tiny, output))
     except NonFiniteLossError as error:
         return str(error)
     finally:
-        PSFTTrainer._loss = original
+        PSFTTrainer.compute_loss = original
     return "no error"

@@ -185,7 +185,7 @@ def varlen_lengths(models: Path, output: Path, tp_size: int) -> dict[str, Any]:
 
         attention.varlen_attention, base.forward = attend, counted
         try:
-            list(trainer._scored([batch], "a batch"))
+            list(trainer._scorer.scored([batch], "a batch"))
         finally:
             attention.varlen_attention = original
         starts = (batch["position_ids"] == 0).flatten().nonzero().flatten().tolist()
@@ -294,7 +294,7 @@ def half(models: Path, output: Path, tp_size: int) -> dict[str, Any]:
     )
     results = {"whole": logs(trainer), "resumed": logs(run(cfg), 7)}
     if tp_size > 1:
-        groups = trainer._megatron._main_groups()
+        groups = trainer._step._main_groups()
         main = [p for group in groups for p in group]
         results["main"] = sorted({str(p.dtype) for p in main})
         results["gradients"] = sorted(
@@ -437,12 +437,12 @@ def other_layout(models: Path, output: Path, tp_size: int) -> dict[str, Any]:
 def one_rank_fails(models: Path, output: Path, tp_size: int) -> None:
     from axolotl_psft.trainer import PSFTTrainer
 
-    original = PSFTTrainer._loss
+    original = PSFTTrainer.compute_loss
 
     def poisoned(self: Any, *args: Any, **kwargs: Any) -> Any:
         if self.state.global_step == 2 and self.args.process_index == 1:
             raise RuntimeError("rank 1 met a bad sample")
         return original(self, *args, **kwargs)
 
-    PSFTTrainer._loss = poisoned
+    PSFTTrainer.compute_loss = poisoned
     run(tp_config(models, output, tp_size))

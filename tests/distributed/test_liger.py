@@ -68,15 +68,15 @@ def patch(model_type: str) -> None:
 
 def results(model: Any) -> dict[str, Tensor]:
     """Log-probs of packed samples, and every parameter's gradient."""
-    from axolotl_psft.causal_lm import install_logprobs_forward
-    from axolotl_psft.megatron.cpu import stand_ins
+    from axolotl_psft.megatron.groups import on_this_device
+    from axolotl_psft.token_logprobs import install_logprobs_forward
 
     install_logprobs_forward(model)
     model.gradient_checkpointing_enable({"use_reentrant": False})
     model.train()
     ids = torch.arange(18).view(2, 9)
     positions = torch.tensor([0, 1, 2, 3, 0, 1, 2, 3, 4]).expand(2, 9)
-    with stand_ins():
+    with on_this_device():
         output = model(input_ids=ids, position_ids=positions, logprob_targets=ids)
         output.logprobs.square().sum().backward()
     gradients = {name: p.grad for name, p in model.named_parameters()}

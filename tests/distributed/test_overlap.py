@@ -24,10 +24,10 @@ def build(folder: Path, tp_size: int, optimizer: str) -> Any:
     """A step on a model with parallel layers, its weights those of `folder`."""
     from transformers import AutoModelForCausalLM
 
-    from axolotl_psft.causal_lm import install_logprobs_forward
     from axolotl_psft.megatron import groups, step
     from axolotl_psft.megatron.layers import parallelize
     from axolotl_psft.megatron.weights import load_weights
+    from axolotl_psft.token_logprobs import install_logprobs_forward
 
     layout = groups.initialize(tp_size)
     model = AutoModelForCausalLM.from_pretrained(folder, device_map={"": "meta"})

@@ -257,7 +257,7 @@ def test_schedule_early_stopping_and_best_checkpoint(two: Ranks) -> None:
 def test_another_layout_is_refused_for_the_optimizer_only(four: Ranks) -> None:
     result = four["other_layout"]
     # Of a rank that was not the first it is the first one's, in a PeerFailedError.
-    assert "OptimizerFileError" in result["error"]
+    assert "FileError" in result["error"]
     assert "tensor parallel 2 x data parallel 2" in result["error"]
     fresh, continued = result["nll"]
     assert continued != fresh

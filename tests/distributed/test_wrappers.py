@@ -15,7 +15,7 @@ WORLD_SIZE = 2
 
 
 def build(tied: bool) -> nn.Module:
-    from axolotl_psft.causal_lm import install_logprobs_forward
+    from axolotl_psft.token_logprobs import install_logprobs_forward
 
     model = qwen3(vocab_size=507, tie_word_embeddings=tied)
     install_logprobs_forward(model)

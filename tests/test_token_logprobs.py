@@ -10,14 +10,15 @@ import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from axolotl_psft.causal_lm import (
+from axolotl_psft.packing import IGNORE_INDEX
+from axolotl_psft.token_logprobs import (
     LogitsTransform,
-    TokenLogprobsOutput,
+    TokenLogprobs,
     check_against_logits,
     install_logprobs_forward,
+    token_logprobs,
     unwrap_peft,
 )
-from axolotl_psft.packing import IGNORE_INDEX
 from tests.host_waits import HostWaits
 
 VOCABULARY = 61
@@ -86,7 +87,7 @@ def from_logits(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     return pad(logprobs, (1, 0)), pad(entropy, (1, 0))
 
 
-def check(model: nn.Module, causal_lm: PreTrainedModel) -> TokenLogprobsOutput:
+def check(model: nn.Module, causal_lm: PreTrainedModel) -> TokenLogprobs:
     """Values and every gradient agree with the plain path through the logits."""
     tokens, targets = example()
     weights = torch.linspace(0.5, 2, tokens.numel()).view_as(tokens)
@@ -110,7 +111,7 @@ def check(model: nn.Module, causal_lm: PreTrainedModel) -> TokenLogprobsOutput:
         if p.grad is not None
     }
 
-    assert isinstance(output, TokenLogprobsOutput)
+    assert isinstance(output, TokenLogprobs)
     assert output.logprobs.dtype == output.entropy.dtype == torch.float32
     torch.testing.assert_close(output.logprobs, expected, **CLOSE)
     torch.testing.assert_close(output.entropy, entropy, **CLOSE)
@@ -267,14 +268,30 @@ def test_under_accelerates_hooks():
     assert torch.equal(plain(tokens).logits, hooked(tokens).logits)
 
 
-def test_old_logprobs_are_handed_through():
+def test_the_forward_step_gives_the_model_what_is_its():
     model = make()
     install_logprobs_forward(model)
-    tokens, targets = example()
-    old = torch.randn(targets.shape).view(torch.int32)
-    output = model(input_ids=tokens, logprob_targets=targets, old_logprobs=old)
-    assert output.old_logprobs is old
-    assert model(input_ids=tokens, logprob_targets=targets).old_logprobs is None
+    tokens, _ = example()
+    labels = tokens.clone()
+    labels[:, :3] = IGNORE_INDEX
+    batch = {"input_ids": tokens, "labels": labels}
+    output = token_logprobs(model, batch)
+    again = token_logprobs(model, {**batch, "old_logprobs": output.logprobs})
+    assert torch.equal(output.logprobs, again.logprobs)
+    assert torch.equal(output.mask, labels != IGNORE_INDEX)
+
+
+def test_log_probs_of_16_bits_are_refused():
+    model = make()
+    install_logprobs_forward(model)
+    tokens, _ = example()
+
+    def cast(module: Any, args: Any, output: TokenLogprobs) -> TokenLogprobs:
+        return TokenLogprobs(output.logprobs.bfloat16(), output.entropy, output.mask)
+
+    model.register_forward_hook(cast)
+    with pytest.raises(TypeError, match=r"as torch\.bfloat16, not float32: Qwen3"):
+        token_logprobs(model, {"input_ids": tokens, "labels": tokens})
 
 
 @pytest.mark.parametrize("options", [{}, {"target_modules": ["q_proj", "lm_head"]}])
@@ -324,7 +341,7 @@ def test_labels_are_ignored_and_nothing_is_cached():
     model = make()
     install_logprobs_forward(model)
     tokens, targets = example()
-    output = model(input_ids=tokens, labels=tokens, logprob_targets=targets)
+    output = token_logprobs(model, {"input_ids": tokens, "labels": targets})
     assert "loss" not in output and "past_key_values" not in output
 
 

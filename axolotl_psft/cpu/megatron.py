@@ -1,8 +1,8 @@
 """Stand-ins for the CUDA-only calls of Megatron-Core, where there is no accelerator.
 
 Megatron-Core names the device "cuda" literally and asks for CUDA's stream. Inside
-:func:`stand_ins` those calls mean the CPU; outside of it, with an accelerator, or on a
-Megatron-Core that asks for its device (patches/), nothing is changed.
+:func:`stand_ins` those calls mean the CPU; outside of it, or on a Megatron-Core that
+asks for its device (patches/), nothing is changed.
 """
 
 import contextlib
@@ -17,8 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 def stand_ins() -> AbstractContextManager[None]:
     """A context in which Megatron-Core's "cuda" is the CPU. Re-entrant."""
-    needed = not torch.accelerator.is_available()
-    if not needed or hasattr(megatron.core.utils, "current_device"):
+    if hasattr(megatron.core.utils, "current_device"):
         return contextlib.nullcontext()
     if torch.cuda.current_device is _current_device:  # inside of one already
         return contextlib.nullcontext()

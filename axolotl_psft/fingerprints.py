@@ -1,39 +1,17 @@
-"""What a checkpoint's run and the one that resumes it must have in common.
+"""What tells two models, tokenizers or data sets apart: named values, small and cheap.
 
-Named values, small enough for a file's header and cheap for any size of model and data:
-what is too large is a digest of a spread of it. Comparing them is old_policy.py.
+What is too large for a file's header is a digest of a spread of it.
 """
 
-import hashlib
 import json
-from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-# By the YAML's key: what decides the order of the data and where a step's data end.
-_ORDER = {
-    "seed": "seed",
-    "sequence_len": "max_seq_length",
-    "sample_packing": "sample_packing",
-    "sample_packing_sequentially": "sample_packing_sequentially",
-    "sample_packing_bin_size": "sample_packing_bin_size",
-    "sample_packing_group_size": "sample_packing_group_size",
-    "multipack_real_batches": "multipack_real_batches",
-    "curriculum_sampling": "curriculum_sampling",
-    "balance_labels": "balance_labels",
-    "label_balance_window_optim_steps": "label_balance_window_optim_steps",
-    "group_by_length": "train_sampling_strategy",
-    "dataloader_drop_last": "dataloader_drop_last",
-}
-
-# Another number of processes may share a global batch out otherwise.
-_BATCHING = {
-    "micro_batch_size": "per_device_train_batch_size",
-    "gradient_accumulation_steps": "gradient_accumulation_steps",
-}
+from axolotl_psft.dataset import is_stream
+from axolotl_psft.files import short_digest
 
 # Of a model's or an adapter's config: where it came from and how it is computed.
 _UNLIKE = {
@@ -49,18 +27,9 @@ _UNLIKE = {
     "use_cache",
 }
 
-_NUM_ROWS = 256
 _VALUES_PER_TENSOR = 32
 
-
-def order(args: Any) -> dict[str, Any]:
-    """Settings of the data order, by the YAML's keys; of the trainer's arguments."""
-    return {key: _plain(getattr(args, name, None)) for key, name in _ORDER.items()}
-
-
-def batching(args: Any) -> dict[str, Any]:
-    """How an optimizer step's samples are shared out, by the YAML's keys."""
-    return {key: _plain(getattr(args, name)) for key, name in _BATCHING.items()}
+_NUM_ROWS = 256
 
 
 def tokenizer(tokenizer: Any) -> dict[str, Any]:
@@ -70,8 +39,10 @@ def tokenizer(tokenizer: Any) -> dict[str, Any]:
     vocabulary = tokenizer.get_vocab()
     entries = (f"{token}\0{vocabulary[token]}\0" for token in sorted(vocabulary))
     return {
-        "tokenizer: special tokens": _plain(tokenizer.special_tokens_map),
-        "tokenizer: vocabulary": _digest(len(vocabulary), ["".join(entries).encode()]),
+        "tokenizer: special tokens": plain(tokenizer.special_tokens_map),
+        "tokenizer: vocabulary": short_digest(
+            len(vocabulary), ["".join(entries).encode()]
+        ),
     }
 
 
@@ -83,7 +54,7 @@ def model(model: nn.Module) -> dict[str, Any]:
     values = _config("base_model", model.config)  # type: ignore[arg-type]
     trained = [name for name, p in model.named_parameters() if p.requires_grad]
     names = "\0".join(sorted(trained)).encode()
-    values["trained parameters"] = _digest(len(trained), [names])
+    values["trained parameters"] = short_digest(len(trained), [names])
     adapters = getattr(model, "peft_config", None)
     if adapters:
         for adapter in adapters.values():
@@ -92,33 +63,10 @@ def model(model: nn.Module) -> dict[str, Any]:
     return values
 
 
-def data(dataset: Any) -> dict[str, Any]:
-    """Of tokenized samples: how many, the length of each, a spread of their contents.
-
-    Args:
-        dataset: with ``input_ids`` and ``labels``; of a stream nothing is known.
-    """
-    if not hasattr(dataset, "__len__"):
-        return {}
-    num = len(dataset)
-    spread = np.unique(np.linspace(0, num - 1, _NUM_ROWS).astype(int)).tolist()
-    rows = (dataset[index] for index in spread)
-    contents = (
-        np.asarray(row[name], dtype=np.int64).tobytes() + b"\0"
-        for row in rows
-        for name in ("input_ids", "labels")
-    )
-    lengths = _lengths(dataset)
-    return {
-        "datasets: contents": _digest(num, contents),
-        "datasets: order": None if lengths is None else _digest(num, [lengths]),
-    }
-
-
 def _config(prefix: str, config: Any) -> dict[str, Any]:
     values = config.to_dict()
     return {
-        f"{prefix}: {key}": _plain(values[key])
+        f"{prefix}: {key}": plain(values[key])
         for key in sorted(values, key=lambda key: (key != "model_type", key))
         if key not in _UNLIKE and not key.startswith("_")
     }
@@ -139,13 +87,45 @@ def _frozen(model: nn.Module) -> str:
         values.append(_some_values(parameter))
     # One transfer from the device.
     bits = torch.cat(values).cpu().numpy().tobytes() if values else b""
-    return _digest(len(names), ["\0".join(names).encode(), bits])
+    return short_digest(len(names), ["\0".join(names).encode(), bits])
 
 
 def _some_values(parameter: Tensor) -> Tensor:
     flat = parameter.detach().flatten()
     stride = max(1, len(flat) // _VALUES_PER_TENSOR)
     return flat[::stride][:_VALUES_PER_TENSOR].float()
+
+
+def plain(value: Any) -> Any:
+    """As it comes back from JSON; sets in order."""
+
+    def other(value: Any) -> Any:
+        return sorted(map(str, value)) if isinstance(value, set) else str(value)
+
+    return json.loads(json.dumps(value, default=other, sort_keys=True))
+
+
+def samples(dataset: Any) -> dict[str, Any]:
+    """Of tokenized samples: how many, the length of each, a spread of their contents.
+
+    Args:
+        dataset: with ``input_ids`` and ``labels``; of a stream nothing is known.
+    """
+    if is_stream(dataset):
+        return {}
+    num = len(dataset)
+    spread = np.unique(np.linspace(0, num - 1, _NUM_ROWS).astype(int)).tolist()
+    rows = (dataset[index] for index in spread)
+    contents = (
+        np.asarray(row[name], dtype=np.int64).tobytes() + b"\0"
+        for row in rows
+        for name in ("input_ids", "labels")
+    )
+    lengths = _lengths(dataset)
+    return {
+        "datasets: contents": short_digest(num, contents),
+        "datasets: order": None if lengths is None else short_digest(num, [lengths]),
+    }
 
 
 def _lengths(dataset: Any) -> bytes | None:
@@ -165,19 +145,3 @@ def _lengths(dataset: Any) -> bytes | None:
     if chosen is not None:
         lengths = lengths[chosen.column(0).to_numpy()]
     return lengths.astype(np.int32).tobytes()
-
-
-def _digest(num: int, parts: Iterable[bytes]) -> str:
-    sha = hashlib.sha256()
-    for part in parts:
-        sha.update(part)
-    return f"{num:,} with digest {sha.hexdigest()[:16]}"
-
-
-def _plain(value: Any) -> Any:
-    """As it comes back from JSON; sets in order."""
-
-    def other(value: Any) -> Any:
-        return sorted(map(str, value)) if isinstance(value, set) else str(value)
-
-    return json.loads(json.dumps(value, default=other, sort_keys=True))

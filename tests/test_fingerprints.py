@@ -1,4 +1,4 @@
-"""What identifies a run: every part of the data counts, and the cost is small."""
+"""What identifies the data: every part counts, and the cost is small."""
 
 import time
 from typing import Any
@@ -8,7 +8,7 @@ import pyarrow as pa
 import pytest
 from datasets import Dataset
 
-from axolotl_psft import same_run
+from axolotl_psft import fingerprints
 
 NUM_ROWS = 2000
 
@@ -26,21 +26,21 @@ def tokens() -> list[list[int]]:
 
 @pytest.fixture(scope="module")
 def data(tokens: list[list[int]]) -> dict[str, Any]:
-    return same_run.data(table(tokens))
+    return fingerprints.samples(table(tokens))
 
 
 def test_the_same_rows_however_they_are_stored(
     tokens: list[list[int]], data: dict[str, Any]
 ) -> None:
-    assert same_run.data(table(tokens)) == data
+    assert fingerprints.samples(table(tokens)) == data
     backwards = table(tokens[::-1])
-    assert same_run.data(backwards) != data
+    assert fingerprints.samples(backwards) != data
     # An index over the table, in chunks, sliced.
     chosen = backwards.select(range(NUM_ROWS - 1, -1, -1))
     assert chosen._indices is not None
-    assert same_run.data(chosen) == data
+    assert fingerprints.samples(chosen) == data
     longer = table([[1, 2], *tokens, [3]]).select(range(1, NUM_ROWS + 1))
-    assert same_run.data(longer) == data
+    assert fingerprints.samples(longer) == data
 
 
 @pytest.mark.parametrize("row", [0, 1, 1234, NUM_ROWS - 2, NUM_ROWS - 1])
@@ -48,9 +48,9 @@ def test_a_row_that_is_another(
     row: int, tokens: list[list[int]], data: dict[str, Any]
 ) -> None:
     longer = [*tokens[:row], [*tokens[row], 1], *tokens[row + 1 :]]
-    assert same_run.data(table(longer)) != data
+    assert fingerprints.samples(table(longer)) != data
     without = [*tokens[:row], *tokens[row + 1 :]]
-    assert same_run.data(table(without)) != data
+    assert fingerprints.samples(table(without)) != data
 
 
 def test_contents_all_over_the_data(
@@ -63,7 +63,7 @@ def test_contents_all_over_the_data(
             [token + 1 for token in row] if start <= i < end else row
             for i, row in enumerate(tokens)
         ]
-        assert same_run.data(table(other)) != data
+        assert fingerprints.samples(table(other)) != data
 
 
 def test_a_million_rows_take_a_moment() -> None:
@@ -71,8 +71,8 @@ def test_a_million_rows_take_a_moment() -> None:
     offsets = pa.array(np.arange(0, (num_rows + 1) * length, length, dtype=np.int32))
     values = pa.array(np.zeros(num_rows * length, dtype=np.int32))
     column = pa.ListArray.from_arrays(offsets, values)
-    dataset = Dataset(pa.table({"input_ids": column, "labels": column}))
+    rows = Dataset(pa.table({"input_ids": column, "labels": column}))
     started = time.process_time()
-    same_run.data(dataset)
+    fingerprints.samples(rows)
     # Measured: 0.03; reading all tokens takes 10 and more.
     assert time.process_time() - started < 1
