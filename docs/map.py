@@ -43,9 +43,10 @@ def imports(root: Path = ROOT) -> Graph:
     return graph
 
 
-def imported_names(path: Path, package: str = "") -> set[str]:
-    """The dotted names that a file imports, at its top or inside a function."""
-    nodes = ast.walk(ast.parse(path.read_text(), str(path)))
+def imported_names(path: Path, package: str = "", *, at_top: bool = False) -> set[str]:
+    """The dotted names that a file imports; ``at_top``: not those inside functions."""
+    tree = ast.parse(path.read_text(), str(path))
+    nodes = tree.body if at_top else ast.walk(tree)
     return {name for node in nodes for name in _named(node, package)}
 
 

@@ -21,13 +21,15 @@ LAYERS: list[tuple[str, set[str]]] = [
     ),
     (
         "what is made of them",
-        {"compare", "cpu", "dataset", "failures", "logprobs", "rules", "sampling"},
+        {"attention", "compare", "dataset", "failures", "logit_tiles", "relora"}
+        | {"rules", "sampling"},
     ),
     (
-        "the forward step, the settings, the folders",
-        {"attention", "checkpoints", "config", "relora", "token_logprobs"},
+        "the loss head, the settings, the folders, stand-ins for missing hardware",
+        {"checkpoints", "config", "cpu", "fingerprints", "initial_policy", "logprobs"},
     ),
-    ("policies that are compared with", {"initial_policy", "old_policy"}),
+    ("the forward step", {"token_logprobs"}),
+    ("what is done with log-probs", {"evaluation", "loss", "old_policy"}),
     ("what stops a wrong resume", {"resume"}),
     ("before a run", {"doctor"}),
     ("the run", {"trainer"}),
@@ -99,6 +101,20 @@ def test_no_cycle():
         for name in ends:
             del left[name]
     assert not left, f"a cycle of imports is among {sorted(left)}"
+
+
+def test_stand_ins_are_imported_where_they_are_needed_only():
+    at_top = {
+        module: rooms.imported_names(path, at_top=True)
+        for module, path in rooms.modules().items()
+        if listed(module) != "cpu"
+    }
+    stand_ins = [
+        module
+        for module, names in at_top.items()
+        if any(f"{name}.".startswith("axolotl_psft.cpu.") for name in names)
+    ]
+    assert not stand_ins, "a run on a GPU must not import them: do it in a function"
 
 
 def test_the_map_is_current():
