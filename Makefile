@@ -19,14 +19,15 @@ export AXOLOTL_DO_NOT_TRACK := 1
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help install quickstart quickstart-tp2 evidence evidence-quick test gpu-check \
-	test-previous-lane try-axolotl soak lint pins clean
+.PHONY: help install quickstart quickstart-tp2 evidence evidence-quick test test-unit \
+	gpu-check test-previous-lane try-axolotl soak lint pins clean
 
 help:
 	@echo "make quickstart      install, make a small model, train it with PSFT and SFT"
 	@echo "make quickstart-tp2  the PSFT run again, the model split over two processes"
 	@echo "make evidence        what PSFT does to earlier skills, entropy and RL (90 minutes)"
 	@echo "make evidence-quick  the same with one seed and fewer updates (10 minutes)"
+	@echo "make test-unit       the tests that train nothing (2 minutes)"
 	@echo "make test            install, lint, type-check and test (about 25 minutes)"
 	@echo "make test-previous-lane  the same plugin on Axolotl 0.19, Python 3.11 (5 minutes)"
 	@echo "make gpu-check       on a GPU: is everything right, how fast; writes docs/gpu.md (6 minutes)"
@@ -93,6 +94,11 @@ test: $(STAMP)
 	else \
 		$(MAKE) lint && $(BIN)/python -m pytest -n 2 --dist loadfile; \
 	fi
+
+# What tests/conftest.py does not find to train or to start processes.
+test-unit: $(STAMP)
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not whole_run" \
+		--ignore tests/distributed
 
 test-previous-lane: $(PREVIOUS)/installed
 	$(PREVIOUS)/bin/python -m pytest previous_lane

@@ -1,7 +1,7 @@
 """What Axolotl can combine with a psft block: what runs, what is refused, by whom.
 
-Judged cell by cell by distributed/test_matrix.py. The README's tables are made of it:
-`python -m tests.matrix` writes them.
+Judged cell by cell by distributed/test_matrix.py. The tables in docs/compatibility.md
+are made of it: `python -m tests.matrix` writes them.
 """
 
 import itertools
@@ -242,7 +242,7 @@ def _with_paths(cfg: Config, folder: Path) -> Config:
 
 @dataclass(frozen=True)
 class Refusal:
-    """Who refuses a combination of choices, in what words, and why, for the README."""
+    """Who refuses a combination of choices, in what words, and why, for a reader."""
 
     choices: tuple[set[str], ...]
     by: str
@@ -258,7 +258,7 @@ _ADAPTERS = {"LoRA", "DoRA", "QLoRA", "ReLoRA"}
 _ZERO = {"ZeRO-1", "ZeRO-2", "ZeRO-3"}
 _NOT_MEGATRON = {"8-bit AdamW", "8-bit AdamW, torchao", "schedule-free"}
 _NOT_MEGATRON |= {"Adafactor", "Muon"}
-# In the README's order; the first that covers a cell is its reason.
+# In the page's order; the first that covers a cell is its reason.
 REFUSALS = [
     Refusal(
         ({"context parallel"},),
@@ -394,7 +394,7 @@ def sampled_cells(num: int) -> list[Cell]:
 
 
 def render() -> str:
-    """The README's part: tables, and a note for each reason."""
+    """The page's part: tables, and a note for each reason."""
     tables = [_table(name) for name in TABLES]
     return "\n\n".join([*tables, _notes(), _gpu_notes(), _optimizers()])
 
@@ -471,14 +471,14 @@ def _chat(index: int, first: Config, second: Config) -> list[Config]:
     ]
 
 
-README = Path(__file__).parent.parent / "README.md"
+PAGE = Path(__file__).parent.parent / "docs" / "compatibility.md"
 _PLACE = re.compile(r"(<!-- matrix -->\n).*?(\n<!-- /matrix -->)", re.DOTALL)
 
 
-def in_readme() -> str:
-    """The README with this module's tables."""
-    return _PLACE.sub(lambda m: m[1] + render() + m[2], README.read_text())
+def in_page() -> str:
+    """docs/compatibility.md with this module's tables."""
+    return _PLACE.sub(lambda m: m[1] + render() + m[2], PAGE.read_text())
 
 
 if __name__ == "__main__":
-    README.write_text(in_readme())
+    PAGE.write_text(in_page())

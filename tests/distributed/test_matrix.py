@@ -1,4 +1,4 @@
-"""Every cell of the README's tables: run and compared, or refused by name."""
+"""Every cell of docs/compatibility.md: run and compared, or refused by name."""
 
 import json
 import re
@@ -21,15 +21,15 @@ from tests.matrix import (
     OPTIMIZERS_NOT_HERE,
     OPTIMIZERS_REFUSED,
     OPTIMIZERS_RUN,
+    PAGE,
     PARALLEL,
     PSFT,
-    README,
     REFUSALS,
     STEPS,
     Cell,
     Config,
     all_cells,
-    in_readme,
+    in_page,
     needs_gpu,
     refusal,
     sampled_cells,
@@ -430,8 +430,8 @@ def validated_window(folder: Path, output: Path, cell: Cell) -> int:
     return load(config(folder, output, **cell.config(folder))).psft["refresh_steps"]
 
 
-def test_tables_in_the_readme() -> None:
-    assert README.read_text() == in_readme(), "run python -m tests.matrix"
+def test_the_tables_on_the_page() -> None:
+    assert PAGE.read_text() == in_page(), "run python -m tests.matrix"
 
 
 def test_every_cell_says_how_it_is_wrapped() -> None:
