@@ -47,11 +47,12 @@ class PSFTPlugin(BasePlugin):
         # device map and the attention implementation.
         if not cfg.psft:
             return
-        from axolotl_psft import attention, checkpoints, cpu, data_files
+        from axolotl_psft import attention, checkpoints, cpu
+        from axolotl_psft.doctor import files
 
         cpu.place_model(cfg)
         attention.choose(cfg)
-        report = data_files.check_once(cfg)
+        report = files.check_once(cfg)
         self._num_rows = report.num_rows
         for note in report.notes:
             LOG.warning(f"psft: {note}")
