@@ -8,6 +8,7 @@ import click
 import pytest
 import yaml
 from axolotl.cli.plugins import ENTRY_POINT_GROUP, _import_command
+from axolotl.utils import tee
 from axolotl.utils.dict import DictDefault
 from setuptools.config.setupcfg import read_configuration
 
@@ -77,8 +78,13 @@ def test_its_numbers_are_the_runs(
 
 
 def test_nothing_of_the_run_is_touched(
-    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    # As in a process of its own, which has no log yet.
+    monkeypatch.setattr(tee, "_log_path", None)
     log = tmp_path / "run" / "debug.log"
     log.parent.mkdir()
     log.write_text("of the run before")
