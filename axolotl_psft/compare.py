@@ -4,15 +4,15 @@ Reads what the Trainer logged, of several seeds where there are any; trains and
 evaluates nothing.
 """
 
-import argparse
 import json
 import math
 import os
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING
+
+import click
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -34,27 +34,12 @@ EVAL_OF = {"psft/nll": "eval_loss", "psft/entropy": "eval_psft/entropy"}
 _NO_PANEL = ("_runtime", "_per_second", "_time", "_ppl")
 _SUFFIXES = (".png", ".svg", ".pdf")
 _MAX_COLUMNS = 3
-_PLAIN_HINT = (
-    "no psft metrics in the log. Run the baseline with `psft: {objective: sft}`, which "
-    "logs them all. (Plain Axolotl's eval_loss is a mean over batches, not tokens.)"
-)
-_HELP = """\
-examples:
-  python -m axolotl_psft.compare outputs/psft outputs/sft --smooth 8
-  python -m axolotl_psft.compare PSFT=outputs/psft-0,outputs/psft-1 SFT=outputs/sft \\
-      --metrics entropy,grad_norm,eval_loss --output entropy.pdf
-
-Several runs of a group are drawn as their mean with a band from their minimum to their
-maximum, at the updates that all of them logged. Dots are evaluations.
-
-The table: the last logged NLL and entropy, the mean of all logged clip fractions, the
-lowest eval_loss; of several runs the mean ± the sample standard deviation. '-': not
-every run of the group logged it.
-"""
 
 
 def read_log(run: Path) -> Log:
     """What a run logged; where it logged an update twice (resumed), the later value.
+
+    Of a run without ``psft/nll``, one of plain Axolotl, ``loss`` is the NLL.
 
     Args:
         run: an Axolotl ``output_dir``, or a checkpoint folder in one. Of several
@@ -71,7 +56,10 @@ def read_log(run: Path) -> Log:
             f"{run}: no trainer_state.json there or in a checkpoint folder. Give an "
             "output_dir of a run that saved one (save_strategy other than 'no')."
         )
-    return max(logs, key=lambda state: state[0])[1]
+    log = max(logs, key=lambda state: state[0])[1]
+    if "loss" in log:
+        log.setdefault("psft/nll", log["loss"])
+    return log
 
 
 def _read_state(path: Path) -> tuple[int, Log]:
@@ -211,7 +199,7 @@ def choose_metrics(groups: Groups, names: Sequence[str] | None = None) -> list[s
             f"{', '.join(sorted(logged)) or 'nothing'}."
         )
     if not metrics:
-        raise ValueError(f"{', '.join(groups)}: nothing to draw, {_PLAIN_HINT}")
+        raise ValueError(f"{', '.join(groups)}: nothing to draw. Name --metrics.")
     return list(dict.fromkeys(metrics))
 
 
@@ -346,56 +334,65 @@ def _notes(groups: Groups, metrics: Sequence[str]) -> Iterator[str]:
                 "no update that all its runs logged" if len(logs) > 1 else "not logged"
             )
             yield f"{name}: not drawn: {', '.join(absent)} ({why})."
-        if any("psft/nll" not in log for log in logs):
-            yield f"{name}: {_PLAIN_HINT}"
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m axolotl_psft.compare",
-        description="Draws the logs of training runs, and prints a table of them.",
-        epilog=_HELP,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add = parser.add_argument
-    add("runs", nargs="+", help="an output directory, or several: NAME=DIR,DIR")
-    add(
-        "--output",
-        type=Path,
-        default=Path("comparison.png"),
-        help="figure to write: .png, .svg or .pdf (default: %(default)s)",
-    )
-    add(
-        "--metrics",
-        metavar="A,B",
-        help="panels to draw: any logged metrics, such as entropy,grad_norm (default: "
-        "NLL, entropy, clip fraction, KL, gradient norm and all evaluation metrics)",
-    )
-    add(
-        "--smooth",
-        type=int,
-        default=1,
-        metavar="N",
-        help="running mean of training curves, and of the table's final values, over N "
-        "logged points (default: 1, none). clip_frac is 0 in each window's first step: "
-        "8 evens that out at refresh_steps: 8",
-    )
-    options = parser.parse_args(arguments)
+@click.command()
+@click.argument("runs", nargs=-1, required=True)
+@click.option(
+    "--output",
+    type=click.Path(path_type=Path),
+    default="comparison.png",
+    show_default=True,
+    help="Figure to write: .png, .svg or .pdf.",
+)
+@click.option(
+    "--metrics",
+    metavar="A,B",
+    help="Panels to draw: any logged metrics, such as entropy,grad_norm. Default: NLL, "
+    "entropy, clip fraction, KL, gradient norm and all evaluation metrics.",
+)
+@click.option(
+    "--smooth",
+    type=int,
+    default=1,
+    metavar="N",
+    help="Running mean of training curves, and of the table's final values, over N "
+    "logged points. clip_frac is 0 in each window's first step: 8 evens that out at "
+    "refresh_steps: 8.",
+)
+def compare(runs: Sequence[str], output: Path, metrics: str, smooth: int) -> None:
+    """Draw the logs of training runs, and print a table of them.
+
+    RUNS are output directories, or several under a name: NAME=DIR,DIR.
+
+    \b
+      axolotl psft-compare outputs/psft outputs/sft --smooth 8
+      axolotl psft-compare PSFT=outputs/psft-0,outputs/psft-1 SFT=outputs/sft \\
+          --metrics entropy,grad_norm,eval_loss --output entropy.pdf
+
+    Several runs of a group are drawn as their mean with a band from their minimum to
+    their maximum, at the updates that all of them logged. Dots are evaluations.
+
+    The table: the last logged NLL and entropy, the mean of all logged clip fractions,
+    the lowest eval_loss; of several runs the mean ± the sample standard deviation. '-':
+    not every run of the group logged it.
+    """
     try:
-        paths = parse_groups(options.runs)
-        groups = {name: [*map(read_log, runs)] for name, runs in paths.items()}
-        names = options.metrics and options.metrics.replace(" ", "").split(",")
-        metrics = choose_metrics(groups, names)
-        print(table(groups, smooth=options.smooth))
-        for note in _notes(groups, metrics):
-            print(note, file=sys.stderr)
-        draw(groups, options.output, metrics, smooth=options.smooth)
+        paths = parse_groups(runs)
+        groups = {name: [*map(read_log, group)] for name, group in paths.items()}
+        names = metrics.replace(" ", "").split(",") if metrics else None
+        chosen = choose_metrics(groups, names)
+        click.echo(table(groups, smooth=smooth))
+        for note in _notes(groups, chosen):
+            click.echo(note, err=True)
+        draw(groups, output, chosen, smooth=smooth)
     except (OSError, ValueError) as error:
-        parser.exit(1, f"{error}\n")
+        raise click.ClickException(str(error)) from error
     except ModuleNotFoundError as error:
-        parser.exit(1, f"{error}. Get it with: pip install matplotlib\n")
-    print(f"Wrote {options.output}")
+        remedy = "Get it with: pip install matplotlib"
+        raise click.ClickException(f"{error}. {remedy}") from error
+    click.echo(f"Wrote {output}")
 
 
 if __name__ == "__main__":
-    main()
+    compare(prog_name="python -m axolotl_psft.compare")

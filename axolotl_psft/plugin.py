@@ -67,9 +67,10 @@ class PSFTPlugin(BasePlugin):
             from axolotl_psft import attention
 
             attention.choose(cfg)
-        from axolotl_psft import checkpoints, data_files
+        from axolotl_psft import checkpoints
+        from axolotl_psft.doctor import files
 
-        report = data_files.check_once(cfg)
+        report = files.check_once(cfg)
         self._num_rows = report.num_rows
         for note in report.notes:
             LOG.warning(f"psft: {note}")

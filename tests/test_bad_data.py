@@ -12,7 +12,7 @@ import torch
 from datasets import Dataset
 
 from axolotl_psft import dataset, plugin
-from axolotl_psft.data_files import DataFileError
+from axolotl_psft.doctor.files import DataFileError
 from tests.tiny import PROMPT, column, config, eval_data, run, train_logs, write_rows
 
 LONG = "w1 " * 90
@@ -210,12 +210,12 @@ def test_a_row_that_cannot_be_read_is_named_before_a_model_is_loaded(
 def test_data_files_may_go_unread(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from axolotl_psft import data_files
+    from axolotl_psft.doctor import files
 
     read: list[Any] = []
-    original = data_files.check_file
+    original = files.check_file
     monkeypatch.setattr(
-        data_files, "check_file", lambda *args: read.append(args) or original(*args)
+        files, "check_file", lambda *args: read.append(args) or original(*args)
     )
     for check, times in ((False, 0), (True, 1)):
         options = {"dataset_prepared_path": str(tmp_path / str(check)), "max_steps": 1}

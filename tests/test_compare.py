@@ -13,9 +13,9 @@ from matplotlib.figure import Figure
 
 from axolotl_psft.compare import (
     choose_metrics,
+    compare,
     draw,
     draw_series,
-    main,
     parse_groups,
     read_log,
     running_mean,
@@ -56,7 +56,7 @@ def run_main(
     """Exit status, stdout and stderr of the command."""
     status: Any = 0
     try:
-        main([str(argument) for argument in arguments])
+        compare([str(argument) for argument in arguments])
     except SystemExit as exit_:
         status = exit_.code
     return status, *capsys.readouterr()
@@ -182,8 +182,8 @@ def test_evaluations_and_single_points_are_visible() -> None:
 
 def test_what_was_logged_has_a_panel(tmp_path: Path) -> None:
     psft = read_log(write_run(tmp_path / "psft"))
-    plain = read_log(write_run(tmp_path / "plain", psft=False))
-    figure = draw({"psft": [psft], "plain": [plain]}, tmp_path / "x.svg", smooth=2)
+    unlike = read_log(write_run(tmp_path / "plain", psft=False))
+    figure = draw({"psft": [psft], "plain": [unlike]}, tmp_path / "x.svg", smooth=2)
     assert [axis.get_title() for axis in figure.axes] == [
         "NLL (nats a token); dots: evaluation",
         "Entropy (nats a token); dots: evaluation",
@@ -194,11 +194,13 @@ def test_what_was_logged_has_a_panel(tmp_path: Path) -> None:
     ]
     nll, *_, grad_norm, accuracy = figure.axes
     # Training curves are smoothed, evaluations are not.
-    train, evaluation, plain_evaluation = (x.get_xydata().tolist() for x in nll.lines)
+    train, plain, *evaluations = (x.get_xydata().tolist() for x in nll.lines)
     assert train == [[1, 2], [2, 1.5], [3, (1 + 2 / 3) / 2], [4, (2 / 3 + 0.5) / 2]]
-    assert evaluation == plain_evaluation == [[2, 4], [4, 2]]
-    assert [line.get_linestyle() for line in nll.lines] == ["-", "--", "--"]
-    assert [line.get_color() for line in nll.lines] == ["C0", "C0", "C1"]
+    # A run without psft/nll: its loss is the NLL.
+    assert plain == [[1, 1], [2, 1], [3, 1], [4, 1]]
+    assert evaluations == [[[2, 4], [4, 2]]] * 2
+    assert [line.get_linestyle() for line in nll.lines] == ["-", "-", "--", "--"]
+    assert [line.get_color() for line in nll.lines] == ["C0", "C1", "C0", "C1"]
     assert len(grad_norm.lines) == len(accuracy.lines) == 2
     (legend,) = figure.legends
     assert [text.get_text() for text in legend.get_texts()] == ["psft", "plain"]
@@ -223,6 +225,22 @@ def test_at_most_three_panels_are_in_a_row(
     figure = draw({"a": [log]}, tmp_path / "x.png")
     assert len(figure.axes) == num_panels
     assert figure.axes[0].get_subplotspec().get_gridspec().get_geometry() == grid
+
+
+@pytest.mark.parametrize("surrogate", [{}, {"psft/surrogate": -1.0}])
+def test_the_nll_is_what_a_run_says_it_is(
+    tmp_path: Path, surrogate: dict[str, float]
+) -> None:
+    # Before psft/surrogate the loss was the objective's value, and is the NLL with it.
+    loss = 2.0 if surrogate else -1.0
+    entry = {"step": 1, "loss": loss, "psft/nll": 2.0, **surrogate}
+    write_state(tmp_path / "psft", [entry], 1)
+    write_state(tmp_path / "plain", [{"step": 1, "loss": 2.5}], 1)
+    logs = [read_log(tmp_path / run) for run in ("psft", "plain")]
+    assert [log["psft/nll"] for log in logs] == [{1: 2.0}, {1: 2.5}]
+    assert logs[0]["loss"] == {1: loss}
+    lines = table({"psft": logs[:1], "plain": logs[1:]}).splitlines()
+    assert [line.split()[-1] for line in lines] == ["NLL", "2.0000", "2.5000"]
 
 
 def test_panels_are_chosen_by_name(tmp_path: Path) -> None:
@@ -312,11 +330,9 @@ def test_what_is_not_drawn_is_said(
     psft, plain = write_run(tmp_path / "psft"), write_run(tmp_path / "p", psft=False)
     metrics = ("--metrics", "clip_frac,nll,grad_norm", "--output", tmp_path / "x.png")
     _, _, error = run_main(capsys, psft, plain, *metrics)
-    absent, hint = error.splitlines()
-    assert absent == "p: not drawn: psft/clip_frac, psft/nll (not logged)."
-    assert hint.startswith("p: no psft metrics") and "objective: sft" in hint
+    assert error == "p: not drawn: psft/clip_frac (not logged).\n"
     _, _, error = run_main(capsys, psft, f"both={psft},{plain}", *metrics)
-    assert "both: not drawn: psft/clip_frac, psft/nll (no update that all" in error
+    assert "both: not drawn: psft/clip_frac (no update that all" in error
 
 
 def remove_matplotlib(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -333,16 +349,20 @@ def test_without_matplotlib_there_is_a_table_and_the_remedy(
     assert out.startswith("group")
 
 
-def only_loss(run: Path) -> None:
-    write_state(run, [{"step": 1, "loss": 2.0}], 1)
+def only_time(run: Path) -> None:
+    write_state(run, [{"step": 1, "train_runtime": 2.0}], 1)
 
 
 @pytest.mark.parametrize(
     ("make", "options", "message"),
     [
         (Path.mkdir, [], "run: no trainer_state.json there"),
-        (only_loss, [], "run: nothing to draw, no psft metrics in the log. Run the"),
-        (only_loss, ["--metrics", "nll"], "no run logged nll. The logs have: loss."),
+        (only_time, [], "run: nothing to draw. Name --metrics."),
+        (
+            only_time,
+            ["--metrics", "nll"],
+            "no run logged nll. The logs have: train_",
+        ),
         (write_run, ["--smooth", "0"], "--smooth must be >= 1, got 0"),
         (write_run, ["--output", "x.jpg"], "x.jpg ends in none of .png, .svg, .pdf"),
         (write_run, ["--output", "x"], "x ends in none of .png, .svg, .pdf"),

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from axolotl_psft.data_files import DataFileError, check, check_file
-from axolotl_psft.data_rows import Chat, Text, rule_of
+from axolotl_psft.doctor.files import DataFileError, check, check_file
+from axolotl_psft.doctor.rows import Chat, Text, rule_of
 from tests.tiny import PROMPT, WORDS, write_tokenizer
 
 GOOD = b'{"instruction": "w1", "output": "w2"}'

@@ -25,7 +25,7 @@ for name in (
     "axolotl.monkeypatch.models.recurrent_support",
     "axolotl.monkeypatch.moe_quant",
     "axolotl.monkeypatch.ring_attn.patch",
-    "axolotl_psft.data_files",
+    "axolotl_psft.doctor.files",
     "deepspeed",
     "transformers.models.llama.modeling_llama",
     "transformers.models.qwen3.modeling_qwen3",

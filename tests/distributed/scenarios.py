@@ -103,15 +103,15 @@ def tokens_averaged(tiny: Path, output: Path) -> list[list[float]]:
 
 def files_read(tiny: Path, output: Path) -> list[int]:
     """How many data files this rank reads in each of two starts of a run."""
-    from axolotl_psft import data_files
+    from axolotl_psft.doctor import files
 
-    original, read = data_files.check_file, [0]
+    original, read = files.check_file, [0]
 
     def count(*args: Any, **kwargs: Any) -> int:
         read[-1] += 1
         return original(*args, **kwargs)
 
-    data_files.check_file = count
+    files.check_file = count
     cfg = config(tiny, output, max_steps=1, **eval_data(tiny))
     cfg["dataset_prepared_path"] = str(output / "prepared")
     try:
@@ -120,7 +120,7 @@ def files_read(tiny: Path, output: Path) -> list[int]:
         run(dict(cfg))
         return read
     finally:
-        data_files.check_file = original
+        files.check_file = original
 
 
 def nan_on_one_rank(tiny: Path, output: Path) -> str:

@@ -1,7 +1,7 @@
 """What a row of a data file must hold, by the prompt format that reads it.
 
 Only what Axolotl would answer with an error that names no row, or train on as something
-else than it is. Where rows come from is data_files.py; standard library only.
+else than it is. Where rows come from is files.py; standard library only.
 """
 
 import json
@@ -14,19 +14,18 @@ Rule = Callable[[str, Mapping[str, Any]], None]
 # Axolotl's keys for the columns of a custom prompt; also the columns' names where a key
 # is not set.
 _CUSTOM = ("field_system", "field_instruction", "field_input", "field_output")
-# Of named formats: the columns without which the prompt would say "None", and others.
-_NAMED = {
-    "alpaca": (("instruction",), ("input", "output")),
-    "alpaca_chat.load": (("instruction",), ("input", "output")),
-    "alpaca_instruct.load": (("instruction",), ("input", "output")),
-    "alpaca_w_system.load": (("instruction",), ("input", "output", "system")),
-}
+# Named formats that would say "None" without an instruction.
+_ALPACA = ("alpaca", "alpaca_chat.load", "alpaca_instruct.load", "alpaca_w_system.load")
 _ROLES = ("human", "user", "assistant", "gpt", "system", "tool")
 _FLAGS = (True, False, 0, 1)
+_MEND = "Mend or remove the row"
 
 
 class DataFileError(ValueError):
     """A row of a data file that cannot be trained on; names file, row and remedy."""
+
+    def __init__(self, where: object, what: str, remedy: str) -> None:
+        super().__init__(f"{where}: {what}. {remedy}.")
 
 
 class Text:
@@ -43,17 +42,14 @@ class Text:
         self.required, self.optional = required, optional
 
     def __call__(self, where: str, row: Mapping[str, Any]) -> None:
-        for column in self.required:
-            if row.get(column) is None:
-                raise DataFileError(
-                    f"{where}: `{column}` is missing or null, and the prompt would say "
-                    f"None; the row has {short(list(row))}. Write a text, or remove "
-                    "the row."
-                )
         for column in (*self.required, *self.optional):
             value = row.get(column)
             if value is not None:
                 _check_text(where, f"`{column}`", value)
+            elif column in self.required:
+                why = f"the prompt would say None; the row has {short(list(row))}"
+                what = f"`{column}` is missing or null, and {why}"
+                raise DataFileError(where, what, "Write a text, or remove the row")
 
 
 class Chat:
@@ -80,8 +76,8 @@ class Chat:
         self.known_roles = {*_ROLES, *roles, *self._target}
         self.known_roles |= set(dataset.get("roles_to_train") or ())
         self.unknown_roles: dict[str, tuple[int, str]] = {}
-        self._first_with_system: str | None = None
-        self._first_without_system: str | None = None
+        # Of rows with and without a system prompt, where the first is.
+        self._system: dict[bool, str] = {}
 
     def __call__(self, where: str, row: Mapping[str, Any]) -> None:
         messages = self._list_of_messages(where, row)
@@ -90,44 +86,39 @@ class Chat:
         first = messages[0][self._role]
         if self._target.get(first, first) != "system":
             self._check_system(where, row.get("system"))
-        tools = row.get("tools")
-        if isinstance(tools, str):
-            tools = _parsed(where, "`tools`", tools)
+        tools = _parsed(where, "`tools`", row.get("tools"))
         if tools is not None and not isinstance(tools, list):
-            raise DataFileError(
-                f"{where}: `tools` must be a list, got {short(tools)}. Write one, or "
-                "remove it."
-            )
+            what = f"`tools` must be a list, got {short(tools)}"
+            raise DataFileError(where, what, "Write one, or remove it")
 
     def _list_of_messages(self, where: str, row: Mapping[str, Any]) -> list[Any]:
-        messages, name = row.get(self._messages), f"`{self._messages}`"
+        name = f"`{self._messages}`"
+        messages = _parsed(where, name, row.get(self._messages))
         if messages is None:
             raise DataFileError(
-                f"{where}: {name} is missing or null; the row has {short(list(row))}. "
+                where,
+                f"{name} is missing or null; the row has {short(list(row))}",
                 "Set field_messages to the column of the conversation, or remove the "
-                "row."
+                "row",
             )
-        if isinstance(messages, str):
-            messages = _parsed(where, name, messages)
         if not isinstance(messages, list) or not messages:
-            raise DataFileError(
-                f"{where}: {name} must be a list of at least one message, got "
-                f"{short(messages)}. Mend or remove the row."
-            )
+            what = f"a list of at least one message, got {short(messages)}"
+            raise DataFileError(where, f"{name} must be {what}", _MEND)
         return messages
 
     def _check_message(self, where: str, which: str, message: Any) -> None:
         if not isinstance(message, Mapping):
-            raise DataFileError(
-                f"{where}: {which} must be an object with `{self._role}` and "
-                f"`{self._content}`, got {short(message)}. Mend or remove the row."
-            )
+            keys = f"`{self._role}` and `{self._content}`"
+            what = f"must be an object with {keys}, got {short(message)}"
+            raise DataFileError(where, f"{which} {what}", _MEND)
         role = message.get(self._role)
         if not isinstance(role, str) or not role:
             raise DataFileError(
-                f"{where}: {which} has no `{self._role}`, got {short(role)}; it has "
-                f"{short(list(message))}. Write user, assistant or system, or name the"
-                " key of the role in message_property_mappings."
+                where,
+                f"{which} has no `{self._role}`, got {short(role)}; it has "
+                f"{short(list(message))}",
+                "Write user, assistant or system, or name the key of the role in "
+                "message_property_mappings",
             )
         if role not in self.known_roles:
             number, first = self.unknown_roles.get(role, (0, f"{where}, {which}"))
@@ -141,9 +132,10 @@ class Chat:
             return
         if content is None:
             raise DataFileError(
-                f"{where}: {name} is missing or null; the message has "
-                f"{short(list(message))}. Write a text, or name the key of the text in"
-                " message_property_mappings."
+                where,
+                f"{name} is missing or null; it has {short(list(message))}",
+                "Write a text, or name the key of the text in "
+                "message_property_mappings",
             )
         if not isinstance(content, list):
             _check_text(where, name, content)
@@ -151,10 +143,9 @@ class Chat:
         for part in content:
             # Axolotl leaves out what is not an object, without a word.
             if not isinstance(part, Mapping):
-                raise DataFileError(
-                    f"{where}: {name} is a list, of which each part must be an object "
-                    f"with `text`, got {short(part)}. Write the text without a list."
-                )
+                what = f"each part must be an object with `text`, got {short(part)}"
+                remedy = "Write the text without a list"
+                raise DataFileError(where, f"{name} is a list, of which {what}", remedy)
             text = part.get("text") or part.get("content") or part.get("value") or ""
             _check_text(where, f"`text` in {name}", text)
 
@@ -162,31 +153,30 @@ class Chat:
         flag = message.get(self._training) if self._training else None
         if flag is not None and flag not in _FLAGS:
             # "false" would be true.
-            raise DataFileError(
-                f"{where}: `{self._training}` of {which} must be true or false, got "
-                f"{short(flag)}. Write it without quotes."
-            )
+            what = f"`{self._training}` of {which} must be true or false"
+            remedy = "Write it without quotes"
+            raise DataFileError(where, f"{what}, got {short(flag)}", remedy)
         details = message.get(self._detail) if self._detail else None
-        if details is not None and not (
-            isinstance(details, list) and all(map(_is_detail, details))
-        ):
+        is_list = isinstance(details, list) and all(map(_is_detail, details))
+        if details is not None and not is_list:
             raise DataFileError(
-                f"{where}: `{self._detail}` of {which} must be a list of objects with "
-                f"begin_offset, end_offset and train, got {short(details)}. Mend it."
+                where,
+                f"`{self._detail}` of {which} must be a list of objects with "
+                f"begin_offset, end_offset and train, got {short(details)}",
+                "Mend it",
             )
 
     def _check_system(self, where: str, system: Any) -> None:
-        # A column that some rows have is null in the others, and null is no text.
-        if system is None:
-            self._first_without_system = self._first_without_system or where
-        else:
+        if system is not None:
             _check_text(where, "`system`", system)
-            self._first_with_system = self._first_with_system or where
-        if self._first_with_system and self._first_without_system:
+        # A column that some rows have is null in the others, and null is no text.
+        self._system.setdefault(system is not None, where)
+        if len(self._system) == 2:
             raise DataFileError(
-                f"{self._first_without_system}: `system` is missing or null and "
-                f"{self._first_with_system} has one: the prompt would say None. Write "
-                "it in every row (an empty text for none), or as a first message."
+                self._system[False],
+                f"`system` is missing or null and {self._system[True]} has one: the "
+                "prompt would say None",
+                "Write it in every row (an empty text for none), or as a first message",
             )
 
 
@@ -204,47 +194,45 @@ def rule_of(dataset: Mapping[str, Any]) -> Rule:
         return Chat(dataset)
     if kind == "completion":
         return Text(optional=(dataset.get("field") or "text",))
-    return Text(*_NAMED.get(kind, ()))
+    if kind in _ALPACA:
+        system = ("system",) if kind == "alpaca_w_system.load" else ()
+        return Text(("instruction",), ("input", "output", *system))
+    return Text()
 
 
 def _custom(prompt: Mapping[str, Any]) -> Text:
     columns = {key: prompt.get(key) or key.removeprefix("field_") for key in _CUSTOM}
-    # What Axolotl formats with where the entry has no format, too.
-    formats = [
-        prompt.get(key) or "{instruction}" for key in ("format", "no_input_format")
-    ]
     required: tuple[str, ...] = ()
-    if any("{instruction" in text for text in formats):
-        required = (columns.pop("field_instruction"),)
-    return Text(required, tuple(columns.values()))
+    for key in ("format", "no_input_format"):
+        # What Axolotl formats with where the entry has no format, too.
+        if "{instruction" in (prompt.get(key) or "{instruction}"):
+            required = (columns["field_instruction"],)
+    return Text(required, tuple(c for c in columns.values() if c not in required))
 
 
 def _check_text(where: str, name: str, value: Any) -> None:
     if not isinstance(value, str):
         raise DataFileError(
-            f"{where}: {name} must be text, got {short(value)}. Write it in quotes (a "
-            "CSV file's numbers are numbers even so: convert it to .jsonl)."
+            where,
+            f"{name} must be text, got {short(value)}",
+            "Write it in quotes (a CSV file's numbers are numbers even so: convert it "
+            "to .jsonl)",
         )
-    if value.isascii():
-        return
     try:
-        value.encode()
+        value.isascii() or value.encode()
     except UnicodeEncodeError as error:
-        raise DataFileError(
-            f"{where}: {name} has half of a surrogate pair, "
-            f"{value[error.start]!r}, at position {error.start + 1}, which UTF-8 "
-            "cannot write. Mend or remove the row."
-        ) from error
+        half = f"{value[error.start]!r}, at position {error.start + 1}"
+        what = f"{name} has half of a surrogate pair, {half}, which UTF-8 cannot write"
+        raise DataFileError(where, what, _MEND) from error
 
 
-def _parsed(where: str, name: str, text: str) -> Any:
+def _parsed(where: str, name: str, value: Any) -> Any:
+    """A list that a table's cell may hold as text."""
     try:
-        return json.loads(text)
+        return json.loads(value) if isinstance(value, str) else value
     except (json.JSONDecodeError, RecursionError) as error:
-        raise DataFileError(
-            f"{where}: {name} is a text that is not JSON, got {short(text)}. Write a "
-            "list."
-        ) from error
+        what = f"{name} is a text that is not JSON, got {short(value)}"
+        raise DataFileError(where, what, "Write a list") from error
 
 
 def _is_detail(detail: Any) -> bool:

@@ -1,7 +1,7 @@
 """Reads local data files before Axolotl does, to name the row at fault.
 
 Axolotl's own error for it names neither file nor row. Checked: UTF-8, the file's
-syntax, one object a row, and what the prompt format wants (data_rows.py). Nothing is
+syntax, one object a row, and what the prompt format wants (rows.py). Nothing is
 tokenized and nothing changed. Read are only files that Axolotl is about to read, by one
 rank for all.
 """
@@ -14,23 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from axolotl_psft import failures
-from axolotl_psft.data_rows import Chat, DataFileError, Rule, Text, rule_of, short
-
-__all__ = [
-    "DataFileError",
-    "Report",
-    "check",
-    "check_file",
-    "check_once",
-    "local_files",
-]
+from axolotl_psft.doctor.rows import Chat, DataFileError, Rule, Text, rule_of, short
 
 # As Axolotl tells the kind of a file from its name; all others are JSON.
 _KINDS = {".parquet": "parquet", ".arrow": "arrow", ".csv": "csv", ".txt": "text"}
 # Not read through.
 _COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".lz4", ".zip")
-# Rows of a table that become Python objects at a time.
-_BATCH = 1000
 
 
 @dataclass
@@ -92,36 +81,32 @@ def check(cfg: Mapping[str, Any]) -> Report:
         DataFileError: the first row at fault.
     """
     report, all_whole = Report(), True
-    for dataset in cfg.get("datasets") or ():
-        num_rows = _check_dataset(dataset, report)
-        all_whole &= num_rows > 0 and not _is_part(dataset)
-        report.num_rows += num_rows
+    for key in ("datasets", "test_datasets"):
+        for dataset in cfg.get(key) or ():
+            num_rows = _check_dataset(dataset, report)
+            if key == "datasets":
+                # Axolotl takes only some of the rows of these.
+                is_part = dataset.get("shards") or "[" in str(dataset.get("split"))
+                all_whole &= num_rows > 0 and not is_part
+                report.num_rows += num_rows
     if not all_whole:
         report.num_rows = 0
-    for dataset in cfg.get("test_datasets") or ():
-        _check_dataset(dataset, report)
     return report
 
 
 def _check_dataset(dataset: Mapping[str, Any], report: Report) -> int:
     """Rows of its files."""
-    rule = rule_of(dataset)
-    kind = dataset.get("ds_type")
+    rule, kind = rule_of(dataset), dataset.get("ds_type")
     num_rows = sum(check_file(path, rule, kind) for path in local_files(dataset))
     if isinstance(rule, Chat):
+        known = ", ".join(sorted(rule.known_roles))
         report.notes += [
-            f"{first}: role {role!r} ({number:,} messages) is none of "
-            f"{', '.join(sorted(rule.known_roles))}: the chat template gets it as it "
-            "is, and it is not trained on. If it is meant to be one of them, map it by "
-            "`roles` in the data set's entry."
+            f"{first}: role {role!r} ({number:,} messages) is none of {known}: the "
+            "chat template gets it as it is, and it is not trained on. If it is meant "
+            "to be one of them, map it by `roles` in the data set's entry."
             for role, (number, first) in rule.unknown_roles.items()
         ]
     return num_rows
-
-
-def _is_part(dataset: Mapping[str, Any]) -> bool:
-    """Whether Axolotl takes only some of the rows."""
-    return bool(dataset.get("shards") or "[" in str(dataset.get("split") or ""))
 
 
 def local_files(dataset: Mapping[str, Any]) -> Iterator[Path]:
@@ -147,18 +132,15 @@ def check_file(path: Path, rule: Rule | None = None, kind: str | None = None) ->
     """
     kind = kind or _KINDS.get(path.suffix, "json")
     rows = _json_rows(path) if kind == "json" else _table_rows(path, kind)
-    rule = rule or Text()
-    num_rows = 0
+    rule, num_rows = rule or Text(), 0
     for where, row in rows:
         num_rows += 1
         if not isinstance(row, dict):
-            raise DataFileError(
-                f"{where}: a row must be an object of columns, got {short(row)}. "
-                "Mend or remove it."
-            )
+            what = f"a row must be an object of columns, got {short(row)}"
+            raise DataFileError(where, what, "Mend or remove it")
         rule(where, row)
     if num_rows == 0:
-        raise DataFileError(f"{path}: no rows. Remove it from the YAML, or fill it.")
+        raise DataFileError(path, "no rows", "Remove it from the YAML, or fill it")
     return num_rows
 
 
@@ -182,16 +164,14 @@ def _table_rows(path: Path, kind: str) -> Iterator[tuple[str, Any]]:
 
     if kind in ("csv", "text"):
         _check_utf8(path)
-    done = 0
+    done, files = 0, [str(path)]
     try:
         if kind == "csv":
             _check_header(path)
-        table = load_dataset(
-            kind, data_files=[str(path)], split="train", streaming=True
-        )
-        for batch in table.iter(_BATCH):
-            columns = list(batch.values())
-            for row in zip(*columns, strict=True):
+        table = load_dataset(kind, data_files=files, split="train", streaming=True)
+        # Some rows at a time become Python objects.
+        for batch in table.iter(1000):
+            for row in zip(*batch.values(), strict=True):
                 done += 1
                 yield f"{path}, row {done}", dict(zip(batch, row, strict=True))
     except DataFileError:
@@ -199,10 +179,9 @@ def _table_rows(path: Path, kind: str) -> Iterator[tuple[str, Any]]:
     except Exception as error:
         # Each kind of file has errors of its own, and a reader's of theirs.
         reason = str(error.__cause__ or error).strip().splitlines() or [repr(error)]
-        raise DataFileError(
-            f"{path}: not readable as {kind} after row {done}: {reason[0]}. Mend the "
-            "file, or set ds_type to what it is."
-        ) from error
+        what = f"not readable as {kind} after row {done}: {reason[0]}"
+        remedy = "Mend the file, or set ds_type to what it is"
+        raise DataFileError(path, what, remedy) from error
 
 
 def _check_header(path: Path) -> None:
@@ -212,10 +191,9 @@ def _check_header(path: Path) -> None:
     # the table's index, and each column get its neighbour's texts. In a later row that
     # is an error of the reader's own.
     if not isinstance(pandas.read_csv(path, nrows=1).index, pandas.RangeIndex):
-        raise DataFileError(
-            f"{path}, row 1: more fields than the first line names. Put texts that "
-            "have commas in quotes, and no comma at the end."
-        )
+        remedy = "Put texts that have commas in quotes, and no comma at the end"
+        what = "more fields than the first line names"
+        raise DataFileError(f"{path}, row 1", what, remedy)
 
 
 def _check_utf8(path: Path) -> None:
@@ -230,9 +208,9 @@ def _decode(text: bytes, where: str) -> str:
     try:
         return text.decode("utf-8-sig")
     except UnicodeDecodeError as error:
+        byte = f"byte 0x{text[error.start]:02x} at position {error.start + 1}"
         raise DataFileError(
-            f"{where}: not UTF-8, byte 0x{text[error.start]:02x} at position "
-            f"{error.start + 1}. Save the file as UTF-8."
+            where, f"not UTF-8, {byte}", "Save the file as UTF-8"
         ) from error
 
 
@@ -240,11 +218,9 @@ def _parse(text: bytes, where: str) -> Any:
     try:
         return json.loads(_decode(text, where))
     except json.JSONDecodeError as error:
-        raise DataFileError(
-            f"{where}: not JSON: {error.msg} at line {error.lineno}, column "
-            f"{error.colno}, got {short(error.doc)}. Mend or remove the row."
-        ) from error
+        place = f"line {error.lineno}, column {error.colno}, got {short(error.doc)}"
+        what = f"not JSON: {error.msg} at {place}"
+        raise DataFileError(where, what, "Mend or remove the row") from error
     except RecursionError as error:
-        raise DataFileError(
-            f"{where}: nested too deeply to be a row. Mend or remove it."
-        ) from error
+        what = "nested too deeply to be a row"
+        raise DataFileError(where, what, "Mend or remove it") from error
