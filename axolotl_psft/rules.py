@@ -422,14 +422,6 @@ RULES: tuple[Rule, ...] = (
         "warning",
     ),
     Rule(
-        "loss_watchdog_threshold: *",
-        "the loss stays near -1",
-        "Watch psft/nll",
-        "has no effect with psft",
-        _compares_with("old policy"),
-        "warning",
-    ),
-    Rule(
         "learning_rate",
         "Axolotl trains a full model on bf16 weights, in which steps this small are "
         "rounded away",

@@ -436,10 +436,6 @@ WARNED = [
         ["psft.kl_coef: 0 does not hold the model near the initial policy: the dis"],
     ),
     (
-        {"loss_watchdog_threshold": 5.0, "loss_watchdog_patience": 3},
-        ["loss_watchdog_threshold: 5.0 has no effect with psft"],
-    ),
-    (
         {"adapter": "lora", "lora_r": 4, "lora_alpha": 8, "lora_dropout": 0.05}
         | {"lora_target_linear": True},
         ["lora_dropout: 0.05 adds noise to psft's ratio"],
@@ -503,7 +499,6 @@ NOISY = {"lora_dropout": 0.05, "neftune_noise_alpha": 5.0}
         (
             "psft",
             [
-                "loss_watchdog_threshold: 5.0 has no effect with psft: the loss stays",
                 "lora_dropout: 0.05 adds noise to psft's ratio: old log-probs",
                 "neftune_noise_alpha: 5.0 adds noise to psft's ratio: old log-probs",
             ],
@@ -528,7 +523,7 @@ NOISY = {"lora_dropout": 0.05, "neftune_noise_alpha": 5.0}
     ],
 )
 def test_warnings_are_of_what_the_objective_computes(objective: str, starts: list[str]):
-    cfg = {"psft": {"objective": objective}, "loss_watchdog_threshold": 5.0, **NOISY}
+    cfg = {"psft": {"objective": objective}, **NOISY}
     given = rules.warnings(cfg)
     for text, start in zip(given, starts, strict=True):
         assert text.startswith(start)

@@ -41,7 +41,6 @@ EXAMPLES: list[tuple[str, dict[str, Any]]] = [
     ("psft.kl_coef", {"psft": {**KL, "kl_coef": 0.0}}),
     ("psft.epsilon", {"psft": {"epsilon": 0.1, "epsilon_high": 0}}),
     ("psft.refresh_steps", {"psft": {"refresh_steps": 1}}),
-    ("loss_watchdog_threshold", {"loss_watchdog_threshold": 0.0}),
     ("learning_rate", {"learning_rate": 1e-6, "bf16": True}),
     *((key, {key: 0.1}) for key in ("lora_dropout", "neftune_noise_alpha")),
     *((key, {"psft": KL, key: 0.1}) for key in ("lora_dropout", "neftune_noise_alpha")),
@@ -120,7 +119,7 @@ def test_full_fine_tuning_has_no_scaled_fp16_gradients(
 def test_values_are_shown_as_a_yaml_has_them() -> None:
     (message,) = rules.warnings({"psft": {**KL, "kl_coef": 0.0}})
     assert message.startswith("psft.kl_coef: 0 does not hold the model near")
-    (message,) = rules.warnings({"loss_watchdog_threshold": 5.0})
-    assert message.startswith("loss_watchdog_threshold: 5.0 has no effect")
+    (message,) = rules.warnings({"lora_dropout": 0.05, "psft": {}})
+    assert message.startswith("lora_dropout: 0.05 adds noise")
     cfg = {"optimizer": "schedule_free_sgd", "deepspeed": json.dumps(ZERO_3)}
     rules.refuse({"psft": {}, **cfg})  # a file's name, and there is none
