@@ -13,6 +13,7 @@ from axolotl.utils.logging import get_logger
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from axolotl_psft import objective, rules
+from axolotl_psft.configuration import tensor_parallel_size
 
 LOG = get_logger(__name__)
 
@@ -158,7 +159,7 @@ class PSFTArgs(BaseModel):
         if not isinstance(data, Mapping) or data.get("psft") is None:
             return data
         rules.refuse(data)
-        tp_size = rules.tensor_parallel_size(data)
+        tp_size = tensor_parallel_size(data)
         if tp_size == 1:
             return data
         return {**data, "tensor_parallel_size": 1, "psft_tensor_parallel_size": tp_size}

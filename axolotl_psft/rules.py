@@ -6,19 +6,25 @@ itself are config.py's.
 """
 
 import importlib.util
-import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from pathlib import Path
 from typing import Any, Literal
 
-import torch
-
-from axolotl_psft import objective
-
-Config = Mapping[str, Any]
+from axolotl_psft.configuration import (
+    Config,
+    compares_with,
+    is_set,
+    is_sharded,
+    is_split,
+    objective_of,
+    restarts_without_adam,
+    rounds_updates_away,
+    scales_fp16_gradients,
+    value,
+    zero_stage,
+)
 
 _PLACE = re.compile(r"{([\w.]+)}")
 
@@ -48,10 +54,10 @@ class Rule:
         """What to tell of a configuration."""
         keys, _, values = self.setting.partition(": ")
         for key in keys.split():
-            shown = _shown(key, _value(cfg, key), values)
+            shown = _shown(key, value(cfg, key), values)
             if shown is not None and self.when(cfg):
                 text = f"{self.conflict}: {self.why}. {self.remedy}."
-                text = _PLACE.sub(lambda match: str(_value(cfg, match[1])), text)
+                text = _PLACE.sub(lambda match: str(value(cfg, match[1])), text)
                 yield f"{key}: {shown} {text}"
 
 
@@ -89,120 +95,11 @@ def warnings(cfg: Config) -> list[str]:
     return [text for rule in rules for text in rule.messages(cfg)]
 
 
-# ---- What a configuration says ----
-
-
-def tensor_parallel_size(cfg: Config) -> int:
-    """``tensor_parallel_size`` of a configuration, before or after validation.
-
-    Raises:
-        ValueError: it is not a whole number of at least 1.
-    """
-    value = cfg.get("tensor_parallel_size") or 1
-    if value in (1, "1"):
-        value = cfg.get("psft_tensor_parallel_size") or 1
-    try:
-        size = float(value)
-    except (TypeError, ValueError):
-        size = 0.0
-    if size < 1 or not size.is_integer():
-        raise ValueError(
-            f"tensor_parallel_size must be a whole number >= 1, got {value!r}. Use the "
-            "number of GPUs that share one copy of the model; 1 for none."
-        )
-    return int(size)
-
-
-def zero_stage(cfg: Config) -> int:
-    """ZeRO's stage, of a DeepSpeed file or the YAML's own block; 0: none."""
-    deepspeed = cfg.get("deepspeed")
-    if isinstance(deepspeed, str):
-        try:
-            deepspeed = json.loads(Path(deepspeed).read_text())
-        except (OSError, ValueError):
-            return 0  # Axolotl's own validation says so.
-    return int(_get(_get(deepspeed, "zero_optimization"), "stage") or 0)
-
-
-def _get(value: Any, key: str) -> Any:
-    return value.get(key) if isinstance(value, Mapping) else None
-
-
-def _objective(cfg: Config) -> objective.Objective:
-    # A block that is none, or names none, has an error of its own.
-    try:
-        return objective.find(str(_get(cfg.get("psft"), "objective") or "psft"))
-    except ValueError:
-        return objective.SFT
-
-
-_DERIVED: dict[str, Callable[[Config], Any]] = {
-    "psft.objective": lambda cfg: _objective(cfg).name,
-    "tensor_parallel_size": tensor_parallel_size,
-    "zero_stage": zero_stage,
-    "optimizer": lambda cfg: str(cfg.get("optimizer") or "adamw_torch_fused"),
-    "attn_implementation": lambda cfg: cfg.get("attn_implementation") or "not set",
-}
-
-
-def _value(cfg: Config, key: str) -> Any:
-    """Of a key, dotted in a block; with the defaults that rules are about."""
-    if key in _DERIVED:
-        return _DERIVED[key](cfg)
-    value: Any = cfg
-    for part in key.split("."):
-        value = _get(value, part)
-    return value
-
-
-def _is_split(cfg: Config) -> bool:
-    return tensor_parallel_size(cfg) > 1
-
-
-def _is_sharded(cfg: Config) -> bool:
-    return bool(zero_stage(cfg) or cfg.get("fsdp") or cfg.get("fsdp_config"))
-
-
-def _trains_weights(cfg: Config) -> bool:
-    """Whether the optimizer's weights are the model's own, in their dtype."""
-    return not (cfg.get("adapter") or cfg.get("deepspeed") or _is_split(cfg))
-
-
-def _rounds_updates_away(cfg: Config) -> bool:
-    """Whether weights are bf16 and updates too small for them.
-
-    A bf16 number near 0.02, a usual weight, has its neighbours 1.2e-4 away, and Adam's
-    update is about as large as the learning rate: below 1e-5 few of them round to
-    anything. DeepSpeed keeps float32 copies of its own.
-    """
-    is_bf16 = cfg.get("bf16") or cfg.get("bfloat16")
-    return bool(is_bf16) and _trains_weights(cfg) and float(cfg["learning_rate"]) < 1e-5
-
-
-def _scales_fp16_gradients(cfg: Config) -> bool:
-    # In Axolotl bf16: true takes precedence. A CPU has no loss scaling.
-    is_fp16 = cfg.get("bf16") is not True and torch.cuda.is_available()
-    return is_fp16 and _trains_weights(cfg)
-
-
-def _restarts_without_adam(cfg: Config) -> bool:
-    is_adam = _value(cfg, "optimizer").startswith(("adamw_", "paged_adamw_"))
-    return bool(cfg.get("relora")) and not is_adam
-
-
-def _compares_with(reference: str) -> Callable[[Config], bool]:
-    return lambda cfg: _objective(cfg).reference == reference
-
-
-def _is_set(key: str) -> Callable[[Config], bool]:
-    return lambda cfg: bool(cfg.get(key))
-
-
 # ---- The table ----
 
 
 def _split(setting: str, why: str, remedy: str = "Remove it") -> Rule:
-    return Rule(setting, why, remedy, _NOT_SPLIT, _is_split)
+    return Rule(setting, why, remedy, _NOT_SPLIT, is_split)
 
 
 def _zero(stages: tuple[int, ...], setting: str, why: str, remedy: str) -> Rule:
@@ -217,7 +114,7 @@ def _packed(key: str) -> Rule:
         "the samples of a packed row would see each other",
         "Use flash_attention_2, or sdpa where flash-attn is not installed",
         f"cannot be combined with {key}: True and a psft block",
-        _is_set(key),
+        is_set(key),
         validated=True,
     )
 
@@ -228,7 +125,7 @@ def _unread(key: str) -> Rule:
         "that objective does not read it",
         "Remove it",
         "has no effect with psft.objective: {psft.objective}",
-        lambda cfg: key not in _objective(cfg).settings,
+        lambda cfg: key not in objective_of(cfg).settings,
         "warning",
     )
 
@@ -239,7 +136,7 @@ def _noise(setting: str, remedy: str, reference: str, what: str, whose: str) -> 
         f"{whose} scored without it",
         remedy,
         f"adds noise to {{psft.objective}}'s {what}",
-        _compares_with(reference),
+        compares_with(reference),
         "warning",
     )
 
@@ -290,7 +187,7 @@ RULES: tuple[Rule, ...] = (
         "the initial policy scores every sample before the first step",
         "Use `datasets:` alone",
         "cannot be combined with psft.objective: {psft.objective}",
-        _compares_with("initial policy"),
+        compares_with("initial policy"),
     ),
     _packed("sample_packing"),
     _packed("eval_sample_packing"),
@@ -299,7 +196,7 @@ RULES: tuple[Rule, ...] = (
         "torch's gradient scaler stops with 'Attempting to unscale FP16 gradients'",
         "Use bf16: true, or an adapter",
         "cannot be combined with full fine-tuning on a GPU",
-        _scales_fp16_gradients,
+        scales_fp16_gradients,
         since="0.2",
     ),
     # Optimizers and adapters that are not what they are called in some places.
@@ -314,14 +211,14 @@ RULES: tuple[Rule, ...] = (
         "a ReLoRA restart resets the state of Adam only",
         "Use adamw_torch",
         "cannot be combined with relora: true",
-        _restarts_without_adam,
+        restarts_without_adam,
     ),
     Rule(
         "optimizer: adafactor",
         "its factors of rows and columns need whole weights, not shards",
         "Use adamw_torch_fused",
         "cannot be combined with FSDP or DeepSpeed",
-        _is_sharded,
+        is_sharded,
     ),
     _zero(
         (1, 2),
@@ -349,7 +246,7 @@ RULES: tuple[Rule, ...] = (
         "there is none",
         "Set tensor_parallel_size, or remove it",
         "splits work within a tensor-parallel group",
-        lambda cfg: not _is_split(cfg),
+        lambda cfg: not is_split(cfg),
     ),
     Rule(
         "tensor_parallel_size",
@@ -383,9 +280,7 @@ RULES: tuple[Rule, ...] = (
         "Megatron-Core has its own",
         f"Use one of {', '.join(_SPLIT_OPTIMIZERS)}",
         _NOT_SPLIT,
-        lambda cfg: (
-            _is_split(cfg) and _value(cfg, "optimizer") not in _SPLIT_OPTIMIZERS
-        ),
+        lambda cfg: is_split(cfg) and value(cfg, "optimizer") not in _SPLIT_OPTIMIZERS,
     ),
     # Without effect, or with one that nobody would expect.
     _unread("epsilon"),
@@ -398,7 +293,7 @@ RULES: tuple[Rule, ...] = (
         "the distance is logged only",
         "Use 0.5 (the paper's setting)",
         "does not hold the model near the initial policy",
-        _compares_with("initial policy"),
+        compares_with("initial policy"),
         "warning",
     ),
     Rule(
@@ -408,8 +303,8 @@ RULES: tuple[Rule, ...] = (
         "Remove it",
         "has no effect",
         lambda cfg: (
-            _compares_with("old policy")(cfg)
-            and _value(cfg, "psft.epsilon_high") is not None
+            compares_with("old policy")(cfg)
+            and value(cfg, "psft.epsilon_high") is not None
         ),
         "warning",
     ),
@@ -418,7 +313,7 @@ RULES: tuple[Rule, ...] = (
         "the ratio is always 1 and nothing is ever clipped",
         "Use 8 (the paper's setting)",
         "is plain SFT",
-        _compares_with("old policy"),
+        compares_with("old policy"),
         "warning",
     ),
     Rule(
@@ -428,7 +323,7 @@ RULES: tuple[Rule, ...] = (
         "Use tensor_parallel_size (float32 copies of the weights), an adapter, or bf16:"
         " false with tf32: true",
         "with bf16: {bf16}",
-        _rounds_updates_away,
+        rounds_updates_away,
         "warning",
     ),
     _noise("lora_dropout", "Set lora_dropout: 0", *_OLD),
@@ -441,7 +336,7 @@ RULES: tuple[Rule, ...] = (
         "back",
         "Use adamw_torch_fused to resume",
         "in FSDP",
-        _is_set("fsdp_config"),
+        is_set("fsdp_config"),
         "warning",
     ),
 )

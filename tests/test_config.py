@@ -368,7 +368,7 @@ SPLITTABLE = {
 def test_models_that_cannot_be_split(
     change: dict[str, Any], tp_size: int, message: str
 ):
-    from axolotl_psft.megatron.layers import check_model
+    from axolotl_psft.megatron.plan import check_model
 
     check_model(SimpleNamespace(**SPLITTABLE), 4)
     with pytest.raises(ValueError) as caught:

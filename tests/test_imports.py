@@ -21,19 +21,19 @@ LAYERS: list[tuple[str, set[str]]] = [
     ),
     (
         "what is made of them",
-        {"attention", "compare", "dataset", "failures", "logit_tiles", "relora"}
-        | {"rules", "sampling"},
+        {"attention", "compare", "configuration", "dataset", "failures"}
+        | {"logit_tiles", "relora", "sampling"},
     ),
     (
         "the loss head, the settings, the folders, stand-ins for missing hardware",
-        {"checkpoints", "config", "cpu", "fingerprints", "initial_policy", "logprobs"},
+        {"checkpoints", "cpu", "fingerprints", "initial_policy", "logprobs", "rules"},
     ),
-    ("the forward step", {"token_logprobs"}),
+    ("the forward step, the schema", {"config", "token_logprobs"}),
     ("what is done with log-probs", {"evaluation", "loss", "old_policy"}),
     ("what stops a wrong resume", {"resume"}),
     ("before a run", {"doctor"}),
     ("the run", {"trainer"}),
-    ("the model over several ranks", {"megatron", "megatron.groups"}),
+    ("the model over several ranks", {"megatron", "megatron.groups", "megatron.plan"}),
     ("its parts", {"megatron.layers", "megatron.weights"}),
     ("its step", {"megatron.step"}),
     ("its run", {"megatron.engine", "megatron.trainer"}),

@@ -11,7 +11,7 @@ from axolotl.loaders.utils import load_model_config
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from axolotl_psft import rules
+from axolotl_psft.configuration import tensor_parallel_size, zero_stage
 
 # Bytes of float32 state a weight has, by a part of the optimizer's name; others: 8.
 _STATES = {"sgd": 0, "adafactor": 0, "4bit": 1, "8bit": 2, "fp8": 2}
@@ -35,7 +35,7 @@ def in_words(cfg: Any, num_gpus: int) -> str:
     num_weights = sum(p.numel() for p in model.parameters())
     num_trained = _num_adapter_weights(cfg, model) if cfg.adapter else num_weights
     parts = _bytes(cfg, num_weights, num_trained, num_gpus)
-    tp_size = rules.tensor_parallel_size(cfg)
+    tp_size = tensor_parallel_size(cfg)
     rows = min(cfg.micro_batch_size * cfg.sequence_len, _TILE[0])
     parts["loss head"] = rows * min(model.config.vocab_size // tp_size, _TILE[1]) * 4
     listed = ", ".join(f"{part} {size / _GIB:.2f}" for part, size in parts.items())
@@ -49,7 +49,7 @@ def in_words(cfg: Any, num_gpus: int) -> str:
 def _bytes(
     cfg: Any, num_weights: int, num_trained: int, num_gpus: int
 ) -> dict[str, float]:
-    tp_size = rules.tensor_parallel_size(cfg)
+    tp_size = tensor_parallel_size(cfg)
     is_wide = not (cfg.bf16 or cfg.bfloat16 or cfg.fp16 or cfg.float16)
     held = 4.0 if is_wide else 2.0
     trained = 4.0 if cfg.adapter else held
@@ -70,7 +70,7 @@ def _bytes(
         "weights": num_weights * held + (num_trained * trained if cfg.adapter else 0),
     }
     # Of these, in this order, as many are split over the data-parallel ranks.
-    num_sharded = 3 if cfg.fsdp or cfg.fsdp_config else rules.zero_stage(cfg)
+    num_sharded = 3 if cfg.fsdp or cfg.fsdp_config else zero_stage(cfg)
     num_sharded = 1 if tp_size > 1 else num_sharded
     width = max(num_gpus // tp_size, 1)
     return {

@@ -22,6 +22,7 @@ from pydantic import ValidationError
 
 from axolotl_psft import objective, rules
 from axolotl_psft.config import PSFTArgs
+from axolotl_psft.configuration import tensor_parallel_size
 from axolotl_psft.doctor import files, memory
 
 
@@ -77,7 +78,7 @@ def _examine(page: Page, config: str, num_gpus: int, overrides: dict[str, Any]) 
     cfg = _configuration(page, config, overrides)
     if cfg is None:
         return
-    tp_size = rules.tensor_parallel_size(cfg)
+    tp_size = tensor_parallel_size(cfg)
     num_gpus = max(num_gpus, tp_size)
     cfg.batch_size = cfg.micro_batch_size * cfg.gradient_accumulation_steps
     cfg.batch_size *= num_gpus // tp_size

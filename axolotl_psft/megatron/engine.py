@@ -10,7 +10,8 @@ from axolotl.utils.logging import get_logger
 from transformers import PreTrainedModel
 
 from axolotl_psft.megatron import groups
-from axolotl_psft.megatron.layers import TESTED_MODEL_TYPES, check_model, parallelize
+from axolotl_psft.megatron.layers import parallelize
+from axolotl_psft.megatron.plan import TESTED_MODEL_TYPES, check_model
 from axolotl_psft.megatron.weights import load_weights, save_weights
 
 LOG = get_logger(__name__)

@@ -8,7 +8,6 @@ states between blocks are 1/tp of the tokens. Embedding: one all-reduce. What be
 of the head's weight is in logprobs.py; reading and writing weights is in weights.py.
 """
 
-import re
 from collections.abc import Callable
 from typing import Any
 
@@ -27,56 +26,16 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from axolotl_psft.megatron.groups import Layout, on_this_device
+from axolotl_psft.megatron.plan import (
+    COLUMN,
+    EMBEDDING,
+    PARTIAL_GRAD,
+    ROW,
+    check_model,
+    pattern,
+    styles_of,
+)
 from axolotl_psft.token_logprobs import LogprobsHead
-
-TESTED_MODEL_TYPES = ("llama", "qwen2", "qwen3", "mistral")
-
-_COLUMN, _ROW, _EMBEDDING = "colwise", "rowwise", "embedding_rowwise"
-# A parameter that every rank holds whole and uses on its own heads only.
-_PARTIAL_GRAD = "replicated_with_grad_allreduce"
-_STYLES = (_COLUMN, _ROW, _EMBEDDING, _PARTIAL_GRAD)
-
-
-def check_model(config: Any, tp_size: int) -> None:
-    """Refuse a model that cannot be split, before any weight is read.
-
-    Args:
-        config: the model's Hugging Face config.
-        tp_size: tensor_parallel_size.
-
-    Raises:
-        ValueError: names what does not fit, its value and the remedy.
-    """
-    name = f"tensor_parallel_size: {tp_size} with a {config.model_type} model"
-    if getattr(config, "text_config", None) is not None:
-        raise ValueError(f"{name}: multimodal models are not supported. Set it to 1.")
-    plan = getattr(config, "base_model_tp_plan", None)
-    if not plan:
-        raise ValueError(
-            f"{name}: its config has no base_model_tp_plan, so nobody says how to "
-            f"split it. Set it to 1, or use one of {', '.join(TESTED_MODEL_TYPES)}."
-        )
-    for pattern, style in plan.items():
-        if style not in _STYLES:
-            raise ValueError(
-                f"{name}: its plan splits {pattern} as {style!r} (mixture of experts, "
-                "or a fused projection), which is not supported. Set it to 1."
-            )
-    for key in (
-        "num_attention_heads",
-        "num_key_value_heads",
-        "intermediate_size",
-        "vocab_size",
-    ):
-        size = getattr(config, key, None)
-        if size is not None and size % tp_size:
-            remedy = (
-                "pad the checkpoint's vocabulary first (resize_token_embeddings with "
-                "pad_to_multiple_of)"
-                if key == "vocab_size"
-                else "use a tensor_parallel_size that does"
-            )
-            raise ValueError(f"{name}: it does not divide {key}: {size}; {remedy}.")
 
 
 def parallelize(
@@ -101,20 +60,16 @@ def parallelize(
     """
     check_model(model.config, layout.tp_size)
     make = _Factory(layout, dtype, device, sequence_parallel)
-    prefix = model.base_model_prefix
-    plan = model.config.base_model_tp_plan or {}
-    styles = {f"{prefix}.{pattern}": style for pattern, style in plan.items()}
-    # Not in every plan.
-    styles[f"{prefix}.embed_tokens"] = _EMBEDDING
+    styles = styles_of(model)
     blocks: dict[str, None] = {}
     for name, module in list(model.named_modules()):
-        style = styles.get(_pattern(name))
-        if style == _COLUMN:
+        style = styles.get(pattern(name))
+        if style == COLUMN:
             model.set_submodule(name, make.column(name, module))
             blocks[name.rpartition(".")[0]] = None
-        elif style == _ROW:
+        elif style == ROW:
             model.set_submodule(name, make.row(name, module))
-        elif style == _EMBEDDING:
+        elif style == EMBEDDING:
             model.set_submodule(name, make.embedding(name, module))
     model.set_output_embeddings(make.head("lm_head", model.get_output_embeddings()))
     _materialize(model, device, dtype)
@@ -129,11 +84,6 @@ def parallelize(
         _split_dropout(block, layout)
     if sequence is not None:
         sequence.install(model.base_model)
-
-
-def _pattern(name: str) -> str:
-    """A module's name as tp plans write it: layers.3.mlp -> layers.*.mlp."""
-    return re.sub(r"\.\d+(?=\.|$)", ".*", name)
 
 
 class ColumnLinear(ColumnParallelLinear):
@@ -295,7 +245,7 @@ def _mark_partial_gradients(
     `sequence_parallel` is its name for the mark.
     """
     for name, module in model.named_modules():
-        partial = styles.get(_pattern(name)) == _PARTIAL_GRAD
+        partial = styles.get(pattern(name)) == PARTIAL_GRAD
         for parameter in module.parameters(recurse=False):
             is_shard = getattr(parameter, "tensor_model_parallel", False)
             if not is_shard and (partial or sequence_parallel):
