@@ -134,10 +134,31 @@ def _know_one_bucket(step: Any) -> None:
     step.DistributedDataParallel = without_layout
 
 
+def _count_tokens(base: Any) -> None:
+    """`include_tkps`: Axolotl 0.19 counts within its own loss, which is not called."""
+    import torch
+    from torch import distributed as dist
+
+    def accumulate(trainer: Any, inputs: Any) -> None:
+        labels = inputs["labels"]
+        counts = torch.tensor([int((labels != -100).sum()), labels.numel()])
+        if dist.is_initialized():
+            counts = counts.to(labels.device)
+            dist.all_reduce(counts)
+        before = getattr(trainer.state, "tokens", None)
+        if not before:
+            before = {"trainable": torch.zeros(1), "total": torch.zeros(1)}
+        pairs = zip(before.items(), counts.cpu(), strict=True)
+        trainer.state.tokens = {name: sum + new for (name, sum), new in pairs}
+
+    base.AxolotlTrainer._accumulate_token_counts = accumulate
+
+
 # Of each module: a name that it has once it is complete, and what mends it.
 _ENTRIES: dict[str, tuple[str, Callable[[Any], None]]] = {
     "axolotl.integrations.base": ("PluginManager", _load_bare_name),
     "axolotl.utils.config": ("validate_config", _refuse_block_without_plugin),
+    "axolotl.core.trainers.base": ("AxolotlTrainer", _count_tokens),
     "axolotl_psft.trainer": ("PSFTTrainer", _load_to_numbered_cpus),
     "axolotl_psft.megatron.layers": ("_split_dropout", _know_megatron_0_16),
     "axolotl_psft.megatron.step": ("_no_decay", _know_one_bucket),
