@@ -569,6 +569,7 @@ OVERRIDDEN = {
     "_save_rng_state": ["output_dir"],
 }
 OVERRIDDEN_SPLIT = {
+    "_clip_grad_norm": ["model"],
     "_data_parallel_size": [],
     "_get_grad_norm": ["model", "grad_norm"],
     "_load_best_model": [],

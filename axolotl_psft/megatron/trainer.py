@@ -5,8 +5,9 @@ up). Here is what the Trainer must do otherwise when no rank has the whole model
 
 Overridden of its private methods, beside the base class's, are those that would treat
 a split model as a whole one: `_wrap_model` (by DistributedDataParallel, which sends
-rank 0's shard to all), `_load_from_checkpoint` and `_load_best_model` (whole files),
-and Axolotl's `_data_parallel_size` (the number of processes).
+rank 0's shard to all), `_clip_grad_norm` and `_get_grad_norm` (of this rank's shard),
+`_load_from_checkpoint` and `_load_best_model` (whole files), and Axolotl's
+`_data_parallel_size` (the number of processes).
 """
 
 import contextlib
@@ -139,10 +140,11 @@ class MegatronPSFTTrainer(PSFTTrainer):
 
         return self._step.forward_backward(batches, loss_func)
 
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        return self._step.clip_grad_norm(self.args.max_grad_norm)
+
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        # What the Trainer has clipped had no gradients: they are Megatron's.
-        limit = self.args.max_grad_norm
-        norm = self._step.clip_grad_norm(limit) if limit else self._step.grad_norm()
+        norm = self._step.grad_norm() if grad_norm is None else grad_norm
         return super()._get_grad_norm(model, norm)
 
     # ---- Weights and checkpoints ----
