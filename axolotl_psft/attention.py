@@ -208,7 +208,12 @@ def _attend(
     batch, _, length, _ = query.shape
     if cu_seq_lens_q is None:
         cu_seq_lens_q, max_length_q = _rows(batch, length, attention_mask), length
-    q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
+    dtype = query.dtype
+    if torch.is_autocast_enabled(query.device.type):
+        # As sdpa does. Axolotl's norms are float32, and what they make of query and key
+        # would have no kernel.
+        dtype = torch.get_autocast_dtype(query.device.type)
+    q, k, v = (x.transpose(1, 2).flatten(0, 1).to(dtype) for x in (query, key, value))
     output = varlen_attention(
         q,
         k,

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from axolotl.utils.dict import DictDefault
 from transformers import modeling_flash_attention_utils
 
@@ -212,6 +213,17 @@ def test_what_it_cannot_do_is_an_error(name: str) -> None:
     with pytest.raises(ValueError, match=r"has no a cache, which Identity asks for"):
         attention._attend(torch.nn.Identity(), x, x[:, :, :2], x, None)
     attention._attend(torch.nn.Identity(), x, x, x, None, **{name: None})
+
+
+def test_under_autocast_it_computes_in_its_dtype() -> None:
+    x = torch.randn(1, 2, 5, 8)
+    query, key, value = x, x.flip(2), x.bfloat16()
+    ours = attention._attend
+    with torch.autocast("cpu", torch.bfloat16):
+        output, _ = ours(torch.nn.Identity(), query, key, value, None)
+        expected = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+    assert output.dtype == expected.dtype == torch.bfloat16
+    torch.testing.assert_close(output, expected.transpose(1, 2), rtol=0, atol=0)
 
 
 def test_which_attention_wants_lengths() -> None:
