@@ -204,7 +204,6 @@ def test_without_targets_the_model_is_unchanged():
     tokens, _ = example()
     before = model(input_ids=tokens, labels=tokens)
     signature = inspect.signature(model.forward)
-    head_signature = inspect.signature(model.lm_head.forward)
     install_logprobs_forward(model)
     after = model(input_ids=tokens, labels=tokens)
     assert type(after) is type(before)
@@ -213,7 +212,7 @@ def test_without_targets_the_model_is_unchanged():
     assert after.past_key_values is not None
     # The Trainer drops data columns that forward does not name.
     assert inspect.signature(model.forward) == signature
-    assert inspect.signature(model.lm_head.forward) == head_signature
+    assert isinstance(model.lm_head, nn.Linear)
 
 
 def test_other_instances_are_unchanged():
@@ -228,9 +227,9 @@ def test_other_instances_are_unchanged():
 def test_installing_twice_is_installing_once():
     model = make()
     install_logprobs_forward(model)
-    forward, head = model.forward, model.lm_head.forward
+    forward, head = model.forward, type(model.lm_head)
     install_logprobs_forward(model)
-    assert model.forward is forward and model.lm_head.forward is head
+    assert model.forward is forward and type(model.lm_head) is head
 
 
 def test_saving_and_loading_knows_nothing_of_it(tmp_path):
@@ -264,7 +263,7 @@ def test_under_accelerates_hooks():
         install_logprobs_forward(model)
         outputs.append(model(input_ids=tokens, logprob_targets=targets))
     assert torch.equal(outputs[0].logprobs, outputs[1].logprobs)
-    assert moved == ["Qwen3ForCausalLM", "Linear"]
+    assert moved == ["Qwen3ForCausalLM", "DenseHead"]
     assert torch.equal(plain(tokens).logits, hooked(tokens).logits)
 
 
