@@ -70,7 +70,7 @@ def _shown(key: str, value: Any, patterns: str) -> str | None:
     text = f"{value:g}" if isinstance(value, float) else str(value)
     for pattern in patterns.split(", ") if value is not None else ():
         if fnmatchcase(text.lower(), pattern):
-            return str(value) if "*" in pattern else pattern
+            return str(value) if set("*[") & set(pattern) else pattern
     return None
 
 

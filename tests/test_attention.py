@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from axolotl.utils.dict import DictDefault
 from transformers import modeling_flash_attention_utils
 
-from axolotl_psft import attention, trainer
+from axolotl_psft import attention, packing, trainer
 from axolotl_psft.attention import varlen_attention
 from axolotl_psft.packing import attention_lengths
 from tests.host_waits import HostWaits
@@ -395,7 +395,7 @@ def test_a_gpu_recipe_runs_on_a_cpu_and_agrees_with_sdpa(
         computed.append(position_ids.shape)
         return attention_lengths(position_ids)
 
-    monkeypatch.setattr(trainer, "attention_lengths", count)
+    monkeypatch.setattr(packing, "attention_lengths", count)
     batches = []
     for name in ("training_step", "prediction_step"):
         original = getattr(trainer.PSFTTrainer, name)

@@ -121,5 +121,10 @@ def test_values_are_shown_as_a_yaml_has_them() -> None:
     assert message.startswith("psft.kl_coef: 0 does not hold the model near")
     (message,) = rules.warnings({"lora_dropout": 0.05, "psft": {}})
     assert message.startswith("lora_dropout: 0.05 adds noise")
+    zero_1 = {"zero_optimization": {"stage": 1}}
+    with pytest.raises(
+        ValueError, match=r"^optimizer: adamw_torch_8bit cannot be comb"
+    ):
+        rules.refuse({"psft": {}, "optimizer": "adamw_torch_8bit", "deepspeed": zero_1})
     cfg = {"optimizer": "schedule_free_sgd", "deepspeed": json.dumps(ZERO_3)}
     rules.refuse({"psft": {}, **cfg})  # a file's name, and there is none

@@ -127,7 +127,8 @@ def test_nothing_of_ours_evaluates_or_unpickles() -> None:
                 continue
             name = ast.unparse(node.func)
             assert name not in ("eval", "exec", "compile", "__import__"), path
-            assert not name.startswith(("pickle.", "jinja2.", "yaml.", "os.system"))
+            assert not name.startswith(("pickle.", "jinja2.", "os.system"))
+            assert not name.startswith("yaml.") or name == "yaml.safe_load", path
             if name == "torch.load":
                 options = {key.arg: ast.unparse(key.value) for key in node.keywords}
                 assert options["weights_only"] == "True", path

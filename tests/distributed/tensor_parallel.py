@@ -19,7 +19,10 @@ from tests.tiny import (
     write_model,
 )
 
-METRICS = ["loss", "grad_norm", "psft/nll", "psft/clip_frac", "psft/entropy"]
+METRICS = [
+    *("psft/surrogate", "grad_norm", "psft/nll", "psft/clip_frac"),
+    *("psft/entropy", "loss"),
+]
 PACKED = {"sample_packing": True, "micro_batch_size": 1}
 SAVE = {"save_strategy": None, "save_steps": 1, "save_total_limit": 100}
 # Every model divides by 4: kv heads, and a vocabulary that the tokenizer does not fill.

@@ -303,7 +303,9 @@ def old_optimizer(folder: Path) -> str:
     ours.save_optimizer(folder)
     path = folder / f"megatron_optimizer_tp{layout.tp_rank}_dp0.pt"
     ours.load_optimizer(folder)
-    torch.save({**torch.load(path), "format": "axolotl_psft.optimizer/0"}, path)
+    torch.save(
+        {**torch.load(path), "format": "axolotl_psft.megatron_optimizer/2"}, path
+    )
     with pytest.raises(step.FileError) as caught:
         ours.load_optimizer(folder)
     return str(caught.value)
@@ -311,7 +313,7 @@ def old_optimizer(folder: Path) -> str:
 
 def test_an_optimizer_of_another_version_is_refused(tmp_path: Path) -> None:
     for error in run_distributed(old_optimizer, TP, written(tmp_path)):
-        assert "axolotl_psft.optimizer/0, this version reads axolotl_psft." in error
+        assert "megatron_optimizer/2, this version of axolotl_psft reads" in error
         assert "base_model" in error
 
 
