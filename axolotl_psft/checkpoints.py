@@ -134,8 +134,8 @@ def choose(cfg: Any) -> None:
         cfg.resume_from_checkpoint = str(newest)
 
 
-def check(checkpoint: Path) -> int:
-    """The global step of the checkpoint to resume from.
+def check(checkpoint: Path) -> dict[str, Any]:
+    """The trainer's state in the checkpoint to resume from.
 
     Raises:
         ValueError: it is not complete. Names the complete ones beside it.
@@ -146,8 +146,7 @@ def check(checkpoint: Path) -> int:
             f"resume_from_checkpoint: {checkpoint} {what}. Delete it and resume from a "
             f"complete one; here are {others or 'none'}."
         )
-    state = json.loads((checkpoint / _STATE).read_text())
-    return state["global_step"]
+    return json.loads((checkpoint / _STATE).read_text())
 
 
 def how_to_resume(output_dir: str | os.PathLike, resumed_from: Path | None) -> str:

@@ -116,13 +116,16 @@ def _by_key(args: Any, names: dict[str, str]) -> dict[str, Any]:
 # ---- The checkpoint ----
 
 
-def read_checkpoint(checkpoint: Path | None, run: Run) -> "SavedWindow | None":
+def read_checkpoint(
+    trainer: Any, checkpoint: Path | None, run: Run
+) -> "SavedWindow | None":
     """Before weights are read: is it complete, and of a run like this one?
 
     Every rank must call it. Two small collectives.
 
     Raises:
-        ValueError: the checkpoint was never completed, or ranks found others.
+        ValueError: the checkpoint was never completed, ranks found others, or its
+            place in the data cannot be found again.
         FileError: its window is missing, damaged or another run's.
         PeerFailedError: another rank found that.
     """
@@ -136,21 +139,21 @@ def read_checkpoint(checkpoint: Path | None, run: Run) -> "SavedWindow | None":
         return None
     window, error = None, None
     try:
-        step = checkpoints.check(checkpoint)
-        window = load_window(checkpoint, run, global_step=step)
+        state = checkpoints.check(checkpoint)
+        window = load_window(checkpoint, run, global_step=state["global_step"])
+        _check_position(trainer, state["global_step"], state["epoch"] or 0.0)
     except Exception as problem:
         error = problem
     failures.raise_together(error)
     return window
 
 
-def check_position(trainer: Any) -> None:
+def _check_position(trainer: Any, step: int, epoch: float) -> None:
     """Refuse a place in the run that cannot be found again.
 
     Raises:
         ValueError: names the step and the remedy.
     """
-    step, epoch = trainer.state.global_step, trainer.state.epoch or 0.0
     restart_steps = trainer.args.jagged_restart_steps
     # At 1 exactly it was the run that ended, in the first pass.
     if is_stream(trainer.train_dataset) and epoch > 1:

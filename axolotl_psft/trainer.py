@@ -122,7 +122,7 @@ class PSFTTrainer(AxolotlTrainer):
         self._being_saved: Path | None = None
         self._run = resume.Run.of(self)
         # Before weights are read: is it complete, and of a run like this one?
-        self._saved_window = resume.read_checkpoint(self._checkpoint, self._run)
+        self._saved_window = resume.read_checkpoint(self, self._checkpoint, self._run)
         try:
             return super().train(*args, **kwargs)
         except failures.NonFiniteLossError:
@@ -144,8 +144,6 @@ class PSFTTrainer(AxolotlTrainer):
         self._scorer = Scorer(self)
         self._restored: resume.SavedWindow | None = self._saved_window
         self._warn_of_warmup()
-        if self._checkpoint is not None:
-            resume.check_position(self)
         # Not twice in a run: where auto_find_batch_size starts over, the model has been
         # trained already.
         compares = self.objective.reference == "initial policy"

@@ -16,6 +16,7 @@ def sums(**changes: float) -> dict[str, torch.Tensor]:
     values = {
         "num_tokens": 1,
         "nll_sum": 2.0,
+        "surrogate_sum": -1.0,
         "entropy_sum": 3.0,
         "ratio_sum": 1.5,
         "clipped_sum": 1,
@@ -33,6 +34,7 @@ def test_sums_are_divided_last():
         sums(
             num_tokens=7,
             nll_sum=6.0,
+            surrogate_sum=-3.0,
             entropy_sum=5.0,
             ratio_sum=6.5,
             clipped_sum=3,
@@ -43,6 +45,7 @@ def test_sums_are_divided_last():
     # The mean of the two means would be (2 + 6/7) / 2 for nll.
     assert total.reduce() == {
         "nll": 8 / 8,
+        "surrogate": -4 / 8,
         "entropy": 8 / 8,
         "clip_frac": 4 / 8,
         "ratio_mean": 8 / 8,
@@ -86,7 +89,8 @@ def test_takes_what_the_objective_gives():
     new, old = torch.tensor([-1.0, -2.0]), torch.tensor([-1.0, -2.0 - math.log(2)])
     _, given = psft_loss(new, old, torch.tensor([True, True]))
     total = TokenSums(DEVICE)
-    total.add({**given, "entropy_sum": torch.tensor(5.0)})
+    own = {"surrogate_sum": torch.tensor(-2.0), "entropy_sum": torch.tensor(5.0)}
+    total.add({**given, **own})
     metrics = total.reduce()
     # float32 log-probs.
     assert metrics["ratio_mean"] == pytest.approx(1.5, rel=1e-6)

@@ -7,7 +7,10 @@ from typing import Any
 from tests.distributed.launch import keep_process_group
 from tests.tiny import config, eval_data, run, steps_after, train_logs
 
-METRICS = ["loss", "grad_norm", "psft/nll", "psft/clip_frac", "psft/ratio_max"]
+METRICS = [
+    *("psft/surrogate", "grad_norm", "psft/nll", "psft/clip_frac"),
+    "psft/ratio_max",
+]
 SAVE = {"save_strategy": None, "save_steps": 1, "save_total_limit": 100}
 PARTS = "psft_initial_logprobs"
 PACKED = {

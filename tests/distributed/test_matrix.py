@@ -41,7 +41,10 @@ Logs = dict[str, list[float]]
 
 ADAPTER = "adapter_model.safetensors"
 
-METRICS = ["loss", "grad_norm", "psft/nll", "psft/clip_frac", "psft/ratio_max"]
+METRICS = [
+    *("loss", "grad_norm", "psft/nll", "psft/surrogate", "psft/clip_frac"),
+    "psft/ratio_max",
+]
 # Those of the tables, and some of the other products of all axes.
 CELLS = all_cells() + sampled_cells(200)
 RUN = [cell for cell in CELLS if not refusal(cell) and not needs_gpu(cell)]
