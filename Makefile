@@ -128,7 +128,7 @@ soak: $(STAMP)
 	$(BIN)/python -m pytest --soak tests/test_faults.py tests/distributed/test_faults.py
 	$(BIN)/python -m pytest --soak -m soak tests/distributed/test_matrix.py \
 		tests/distributed/test_overlap.py tests/distributed/test_liger.py \
-		tests/distributed/test_tensor_parallel.py
+		tests/distributed/test_tensor_parallel.py tests/test_evidence.py
 
 clean:
 	rm -rf outputs .venv .venv-*

@@ -178,6 +178,7 @@ def test_the_smallest_learning_rate_that_does_as_well_is_chosen() -> None:
 # ---- Workers ----
 
 
+@pytest.mark.soak  # two whole experiments
 def test_same_seed_same_numbers_whatever_ran_before(base: Path, tmp_path: Path) -> None:
     """One worker trains it after another run, the other as its first."""
     first = replace(RUN, method="sft")
