@@ -28,7 +28,7 @@ help:
 	@echo "make evidence        what PSFT does to earlier skills, entropy and RL (90 minutes)"
 	@echo "make evidence-quick  the same with one seed and fewer updates (10 minutes)"
 	@echo "make test-unit       the tests that train nothing (2 minutes)"
-	@echo "make test            install, lint, type-check and test (about 25 minutes)"
+	@echo "make test            install, lint, type-check and test (about 30 minutes)"
 	@echo "make test-previous-lane  the same plugin on Axolotl 0.19, Python 3.11 (5 minutes)"
 	@echo "make gpu-check       on a GPU: is everything right, how fast; writes docs/gpu.md (6 minutes)"
 	@echo "make soak            kill, starve and damage runs in every way (about 45 minutes)"
