@@ -20,11 +20,12 @@ MODULE = [*ACCELERATE, "-m", "axolotl.cli.train"]
 
 
 def losses(folder: Path) -> list[tuple[float, float]]:
+    """What each step minimized, and its gradient's norm."""
     state = json.loads(
         (folder / "run" / "checkpoint-4" / "trainer_state.json").read_text()
     )
     return [
-        (e["psft/surrogate"], e["grad_norm"])
+        (e.get("psft/surrogate", e["loss"]), e["grad_norm"])
         for e in state["log_history"]
         if "loss" in e
     ]
