@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from axolotl.utils.logging import get_logger
-from torch import distributed as dist
 
 from axolotl_psft import failures
+from axolotl_psft.ranks import gather, is_first_rank
 
 LOG = get_logger(__name__)
 
@@ -45,7 +45,7 @@ def begin(checkpoint: Path) -> None:
         OSError: it cannot be removed; PeerFailedError on the other ranks.
     """
     error = None
-    if not dist.is_initialized() or dist.get_rank() == 0:
+    if is_first_rank():
         try:
             (checkpoint / _STATE).unlink(missing_ok=True)
             if checkpoint.is_dir():
@@ -61,8 +61,8 @@ def list_files(checkpoint: Path) -> None:
     To be called by all ranks when only the last file, that of the trainer's state, is
     missing: once it is there, the checkpoint is complete. One collective.
     """
-    failures.raise_together(None)
-    if dist.is_initialized() and dist.get_rank() != 0:
+    gather(None)
+    if not is_first_rank():
         return
     paths = (path for path in checkpoint.rglob("*") if path.is_file())
     names = [

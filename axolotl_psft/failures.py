@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from axolotl_psft.ranks import gather
+from axolotl_psft.ranks import DataRanks, gather
 
 # Until the ranks that can still speak have spoken.
 _ANSWER_SECONDS = 3.0
@@ -69,14 +69,12 @@ def stop_if_not_finite(
     Raises:
         NonFiniteLossError: names the ranks.
     """
-    rank, size = (
-        (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    )
-    finite = torch.ones(size, device=loss.device)
-    finite[rank] = torch.isfinite(loss)
+    all_ranks = DataRanks.of_all()
+    finite = torch.ones(all_ranks.size, device=loss.device)
+    finite[all_ranks.rank] = torch.isfinite(loss)
     if dist.is_initialized():
         dist.all_reduce(finite)
-    finite = finite > size - 1
+    finite = finite > all_ranks.size - 1
     if finite.all() and math.isfinite(grad_norm):
         return
     ranks = (~finite).nonzero().flatten().tolist()

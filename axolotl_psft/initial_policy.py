@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from axolotl.utils.samplers import get_dataset_lengths
 from torch import Tensor
-from torch import distributed as dist
 from torch.utils.data import DataLoader
 
 from axolotl_psft import files
@@ -28,7 +27,7 @@ from axolotl_psft.packing import (
     sample_starts,
     supervised_targets,
 )
-from axolotl_psft.ranks import DataRanks
+from axolotl_psft.ranks import DataRanks, gather, is_first_rank
 
 _FORMAT = "axolotl_psft.initial_logprobs/1"
 
@@ -149,21 +148,18 @@ def score(
         folder: :func:`folder_in` the run's output folder.
         ranks: those whose data differ.
     """
-    run_id = [uuid.uuid4().hex]
-    is_distributed = dist.is_initialized()
-    if not is_distributed or dist.get_rank() == 0:
+    if is_first_rank():
         clear(folder)
-    if is_distributed:
-        # Nobody writes before the first rank has cleared.
-        dist.broadcast_object_list(run_id)
+    # The first rank's; and nobody writes before that has cleared.
+    run_id = gather(uuid.uuid4().hex)[0]
     scores = Scores()
     for batch, logprobs in batches:
         scores.add(batch, logprobs)
     if ranks.is_first:
-        scores.save(folder, run_id=run_id[0], part=ranks.rank, num_parts=ranks.size)
-    if is_distributed:
-        dist.barrier()
-    return InitialPolicy(folder, run_id[0])
+        scores.save(folder, run_id=run_id, part=ranks.rank, num_parts=ranks.size)
+    # Nobody reads before all have written.
+    gather(None)
+    return InitialPolicy(folder, run_id)
 
 
 def find(

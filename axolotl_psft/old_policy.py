@@ -69,10 +69,10 @@ class Window:
             steps = collect(batches, self.num_steps(global_step), self.step_size)
             if self.is_stream:
                 _drop_unfilled(steps, self.step_size)
-            self.start(steps, global_step)
+            self._begin(steps, global_step)
         return self.steps.popleft() if self.steps else Step([])
 
-    def start(self, steps: list[Step], global_step: int) -> None:
+    def _begin(self, steps: list[Step], global_step: int) -> None:
         """Begin anew with ``steps``: count their tokens, attach log-probs."""
         self.start_step = global_step
         self.steps = deque(steps)

@@ -103,9 +103,9 @@ def complete(batch: Batch, config: Any, *, is_packed: bool, with_lengths: bool) 
         with_lengths: whether packed attention takes :func:`attention_lengths`.
     """
     count_on_host(batch, config.get_text_config().vocab_size)
-    if config.model_type in _GEMMA_4:
+    if config.model_type in _GEMMA_4 and "mm_token_type_ids" not in batch:
         # It wants to know of every token that it is text.
-        batch.setdefault("mm_token_type_ids", torch.zeros_like(batch["input_ids"]))
+        batch["mm_token_type_ids"] = torch.zeros_like(batch["input_ids"])
     if not is_packed or "position_ids" not in batch:
         return
     if config.model_type in _SAMPLES_BY_POSITION:

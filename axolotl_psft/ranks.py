@@ -29,6 +29,11 @@ class DataRanks:
         return cls(dist.get_rank(), dist.get_world_size())
 
 
+def is_first_rank() -> bool:
+    """Whether this is rank 0, which writes what all ranks share."""
+    return DataRanks.of_all().rank == 0
+
+
 def gather(value: Any) -> list[Any]:
     """Every rank's ``value`` (picklable), in rank order. One collective."""
     if not dist.is_initialized():

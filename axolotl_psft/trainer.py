@@ -320,8 +320,7 @@ class PSFTTrainer(AxolotlTrainer):
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """The Trainer's loop, with token-weighted ``eval_loss`` (NLL) and entropy."""
-        args_: Any = self.args
-        is_packed = args_.sample_packing and args_.eval_sample_packing is not False
+        is_packed = self._is_packed and self.args.eval_sample_packing is not False
         # accelerate repeats samples to fill the last batch and knows which; packed
         # batches are never filled up, and it would count wrongly there.
         state = None if is_packed else self.accelerator.gradient_state

@@ -149,7 +149,7 @@ def _count_tokens(base: Any) -> None:
         if not before:
             before = {"trainable": torch.zeros(1), "total": torch.zeros(1)}
         pairs = zip(before.items(), counts.cpu(), strict=True)
-        trainer.state.tokens = {name: sum + new for (name, sum), new in pairs}
+        trainer.state.tokens = {name: old + new for (name, old), new in pairs}
 
     base.AxolotlTrainer._accumulate_token_counts = accumulate
 

@@ -24,6 +24,7 @@ from transformers.utils.hub import get_checkpoint_shard_files
 
 from axolotl_psft.files import replacing
 from axolotl_psft.megatron.groups import Layout
+from axolotl_psft.ranks import is_first_rank
 
 # What transformers writes by default: the most that one rank gathers at a time.
 MAX_SHARD_SIZE = "5GB"
@@ -62,7 +63,7 @@ def load_weights(
     progress = tqdm(
         sorted(wanted, key=lambda name: where[name]),
         desc="Reading weight slices",
-        disable=dist.get_rank() != 0,
+        disable=not is_first_rank(),
     )
     opened: Path | None = None
     for name in progress:
@@ -105,7 +106,7 @@ def save_weights(
         for name, t in tensors.items()
     }
     plan = split_torch_state_dict_into_shards(whole, max_shard_size=max_shard_size)
-    is_writer = dist.get_rank() == 0
+    is_writer = is_first_rank()
     folder = Path(folder)
     if is_writer:
         _write_configs(model, folder)
